@@ -1,0 +1,118 @@
+"""The libraries: one file each (`backends/<name>_backend.py`), how it differentiates, waits, moves data, counts memory.
+
+A backend file ends with one final class, `BACKEND = ...`. Reading it imports nothing of the library; constructing it does,
+after `environ` came into force. A method named after a strategy is that strategy: it takes `loss(theta, data)` (or the
+function that the implementation gave for the strategy) and returns `derivative(theta, data) -> (loss, {block: gradient})`.
+The first is the backend's main strategy.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, ClassVar, NamedTuple
+
+
+class Strategy(NamedTuple):
+    sentence: str
+    reference: str
+    gate: float | None = None  # where the method itself is approximate; else the task's gate judges
+
+
+# The closed vocabulary: how a derivative is got.
+STRATEGIES = {
+    "adjoint": Strategy(
+        "The reverse pass written by hand: the measure of all others.", "Giles and Pierce, Flow Turbul. Combust. 65 (2000) 393"
+    ),
+    "reverse": Strategy(
+        "Reverse mode: one backward pass through the primal gives every entry of the gradient.",
+        "Griewank and Walther, Evaluating Derivatives, SIAM 2008, ch. 3",
+    ),
+    "forward": Strategy(
+        "Forward mode: one jvp an entry of theta, batched where the library can.",
+        "Griewank and Walther, Evaluating Derivatives, SIAM 2008, ch. 3",
+    ),
+    "checkpoint": Strategy(
+        "Reverse mode that stores some states only and computes the others again.", "Griewank and Walther, ACM TOMS 26 (2000) 19"
+    ),
+    "duals": Strategy("Forward mode by dual numbers, a + b eps with eps^2 = 0.", "Revels, Lubin and Papamarkou, arXiv 1607.07892"),
+    "tape": Strategy(
+        "Reverse mode over a recorded list of operations.", "Griewank and Walther, Evaluating Derivatives, SIAM 2008, ch. 6"
+    ),
+    "compile": Strategy("Reverse mode on a graph that was captured and compiled.", "Ansel et al., ASPLOS 2024 (PyTorch 2)"),
+    "func": Strategy("Reverse mode as a function transformation.", "Frostig, Johnson and Leary, MLSys 2018 (JAX)"),
+    "custom_rule": Strategy(
+        "Reverse mode with a rule of its own over a solve, an FFT or a fixed point, never over the physics.",
+        "Blondel et al., arXiv 2105.15183",
+    ),
+    "backsolve": Strategy(
+        "Continuous adjoint that integrates the state backwards beside it.", "Chen et al., arXiv 1806.07366 (neural ODEs)"
+    ),
+    "interpolating": Strategy(
+        "Continuous adjoint on the stored, interpolated forward solution.", "Serban and Hindmarsh, CVODES, ASME IDETC 2005"
+    ),
+    "quadrature": Strategy(
+        "Continuous adjoint, parameter gradient as a quadrature afterwards.", "Ma et al., arXiv 1812.01892"
+    ),
+    "sensitivity": Strategy(
+        "Continuous forward sensitivities, integrated beside the state.", "Maly and Petzold, Appl. Numer. Math. 20 (1996) 57"
+    ),
+    "implicit": Strategy(
+        "The implicit function theorem at a converged solution: one linear solve.", "Blondel et al., arXiv 2105.15183"
+    ),
+    "complex_step": Strategy(
+        "Im loss(theta + i h e) / h, an entry at a time: exact to rounding on holomorphic code.",
+        "Martins, Sturdza and Alonso, ACM TOMS 29 (2003) 245",
+    ),
+    "difference": Strategy(
+        "Central differences, an entry at a time: two primals an entry, its error is a column.",
+        "Nocedal and Wright, Numerical Optimization, Springer 2006, section 8.1",
+        gate=0.1,
+    ),
+}
+
+Loss = Callable[[dict, dict], Any]
+
+
+class Backend(ABC):
+    """A library. `device` is cpu or cuda; the constructor imports the library and raises ImportError where it is absent."""
+
+    requires: ClassVar[tuple[str, ...]]  # distributions to import, their versions go into every record
+    env: ClassVar[str] = "main"  # the environment whose interpreter runs the workers
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    @staticmethod
+    def environ(threads: int) -> dict[str, str]:
+        """Environment variables that must be in force before the library is imported."""
+        return {}
+
+    @abstractmethod
+    def __init__(self, device: str): ...
+
+    @abstractmethod
+    def put(self, array) -> Any:
+        """The NumPy array as the library's own, on the device, same dtype."""
+
+    @abstractmethod
+    def get(self, array) -> Any:
+        """The library's array as a NumPy array."""
+
+    @abstractmethod
+    def wait(self, result) -> Any:
+        """The result, once the device has finished computing it."""
+
+    @abstractmethod
+    def primal(self, loss: Loss) -> Loss:
+        """The loss as this library runs it without differentiating."""
+
+    def device_memory(self) -> int | None:
+        """Peak bytes the library's allocator held on the device since the last call, None on the CPU."""
+        return None
+
+    @classmethod
+    def strategies(cls) -> tuple[str, ...]:
+        """Its strategies in the order of the file, the main one first."""
+        return tuple(name for name in vars(cls) if name in STRATEGIES)
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {name: version(name) for name in cls.requires}
