@@ -21,7 +21,8 @@ class Strategy(NamedTuple):
 # The closed vocabulary: how a derivative is got.
 STRATEGIES = {
     "adjoint": Strategy(
-        "The reverse pass written by hand: the measure of all others.", "Giles and Pierce, Flow Turbul. Combust. 65 (2000) 393"
+        "The reverse pass written by hand: the measure of all others.",
+        "Giles and Pierce, Flow Turbul. Combust. 65 (2000) 393",
     ),
     "reverse": Strategy(
         "Reverse mode: one backward pass through the primal gives every entry of the gradient.",
@@ -32,29 +33,38 @@ STRATEGIES = {
         "Griewank and Walther, Evaluating Derivatives, SIAM 2008, ch. 3",
     ),
     "checkpoint": Strategy(
-        "Reverse mode that stores some states only and computes the others again.", "Griewank and Walther, ACM TOMS 26 (2000) 19"
+        "Reverse mode that stores some states only and computes the others again.",
+        "Griewank and Walther, ACM TOMS 26 (2000) 19",
     ),
-    "duals": Strategy("Forward mode by dual numbers, a + b eps with eps^2 = 0.", "Revels, Lubin and Papamarkou, arXiv 1607.07892"),
+    "duals": Strategy(
+        "Forward mode by dual numbers, a + b eps with eps^2 = 0.", "Revels, Lubin and Papamarkou, arXiv 1607.07892"
+    ),
     "tape": Strategy(
-        "Reverse mode over a recorded list of operations.", "Griewank and Walther, Evaluating Derivatives, SIAM 2008, ch. 6"
+        "Reverse mode over a recorded list of operations.",
+        "Griewank and Walther, Evaluating Derivatives, SIAM 2008, ch. 6",
     ),
-    "compile": Strategy("Reverse mode on a graph that was captured and compiled.", "Ansel et al., ASPLOS 2024 (PyTorch 2)"),
+    "compile": Strategy(
+        "Reverse mode on a graph that was captured and compiled.", "Ansel et al., ASPLOS 2024 (PyTorch 2)"
+    ),
     "func": Strategy("Reverse mode as a function transformation.", "Frostig, Johnson and Leary, MLSys 2018 (JAX)"),
     "custom_rule": Strategy(
         "Reverse mode with a rule of its own over a solve, an FFT or a fixed point, never over the physics.",
         "Blondel et al., arXiv 2105.15183",
     ),
     "backsolve": Strategy(
-        "Continuous adjoint that integrates the state backwards beside it.", "Chen et al., arXiv 1806.07366 (neural ODEs)"
+        "Continuous adjoint that integrates the state backwards beside it.",
+        "Chen et al., arXiv 1806.07366 (neural ODEs)",
     ),
     "interpolating": Strategy(
-        "Continuous adjoint on the stored, interpolated forward solution.", "Serban and Hindmarsh, CVODES, ASME IDETC 2005"
+        "Continuous adjoint on the stored, interpolated forward solution.",
+        "Serban and Hindmarsh, CVODES, ASME IDETC 2005",
     ),
     "quadrature": Strategy(
         "Continuous adjoint, parameter gradient as a quadrature afterwards.", "Ma et al., arXiv 1812.01892"
     ),
     "sensitivity": Strategy(
-        "Continuous forward sensitivities, integrated beside the state.", "Maly and Petzold, Appl. Numer. Math. 20 (1996) 57"
+        "Continuous forward sensitivities, integrated beside the state.",
+        "Maly and Petzold, Appl. Numer. Math. 20 (1996) 57",
     ),
     "implicit": Strategy(
         "The implicit function theorem at a converged solution: one linear solve.", "Blondel et al., arXiv 2105.15183"

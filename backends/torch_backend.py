@@ -44,7 +44,9 @@ class Torch(Backend):
         def derivative(theta, data):
             leaves = {name: block.detach().requires_grad_() for name, block in theta.items()}
             value = loss(leaves, data)
-            return value.detach(), dict(zip(leaves, self.torch.autograd.grad(value, tuple(leaves.values())), strict=True))
+            return value.detach(), dict(
+                zip(leaves, self.torch.autograd.grad(value, tuple(leaves.values())), strict=True)
+            )
 
         return derivative
 

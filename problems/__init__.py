@@ -50,6 +50,7 @@ class Task:
     lower: Mapping[str, int] = field(default_factory=dict)  # least value of an integer key, 1 where unnamed
     check: Callable[[Any], str] = lambda size: ""  # what is wrong with a size, as a sentence, or nothing
     axis: str = "N"  # the size key on the horizontal axis of figures
+    sweep: tuple[dict[str, float], ...] = ()  # further sizes of the full preset, for the figure of time against size
     floor: str = ""  # the block whose triad a = b + s c is the bandwidth floor, where one is asked for
     asks: str = "gradient"  # or jvp, hvp, jacobian
     reference: str = "discrete"  # or continuous: never both in one table
@@ -62,7 +63,9 @@ class Task:
                 raise BadSize(f"there is no size key {key!r} here; the keys are {', '.join(fields)}")
         for key in fields:
             if key not in keys and key not in self.size._field_defaults:
-                raise BadSize(f"the size key {key} has no default; give it, as in {key}={self.sizes['small']._asdict()[key]}")
+                raise BadSize(
+                    f"the size key {key} has no default; give it, as in {key}={self.sizes['small']._asdict()[key]}"
+                )
         values = {key: _number(key, value, fields[key]) for key, value in keys.items()}
         size = self.size(**values)
         for key, kind in fields.items():

@@ -1,0 +1,352 @@
+"""The protocol of a cell (design: measurement, section 1): what happens inside a worker, in this order.
+
+Import, first call, correctness, calibration, samples, primal, memory, inputs intact. NumPy and the standard library only.
+"""
+
+import ctypes
+import gc
+import importlib
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from harness import judge
+from problems import Implementation, structure
+
+SAMPLE_S = 5e-3  # the least length of a sample (ADBench's rule: double the calls until it is measurable)
+MOST_SAMPLES = 100
+STEPS = ("complex_step", "difference")
+
+
+class Invalid(Exception):
+    """A rule of measurement was broken."""
+
+
+class Wrong(Exception):
+    """The loss or the gradient is not right. `result` holds what was found, so that it can be published."""
+
+    def __init__(self, sentence: str, result: dict):
+        super().__init__(sentence)
+        self.result = result
+
+
+class Unavailable(Exception):
+    """The library or the device is absent."""
+
+
+# The four modes of a worker
+
+
+def measure(spec: dict, stage: Callable[[str], None]) -> dict:
+    """One process of a cell: everything that its record holds."""
+    start = time.perf_counter()
+    task, size, theta, data = load_inputs(spec)
+    backend = construct(spec)
+    implementation = load_implementation(spec)
+    on = tuple({name: backend.put(a.copy()) for name, a in arrays.items()} for arrays in (theta, data))
+
+    stage("first call")
+    began = time.perf_counter()
+    work = implementation.prepare(structure(theta, data), size) if implementation.prepare else None
+    strategy = spec["strategy"]
+    chosen = implementation.strategies.get(strategy, implementation.loss)
+    derivative = getattr(backend, strategy)(bind(chosen, size, work))
+    out = backend.wait(derivative(*on))
+    first_call = time.perf_counter() - began
+
+    stage("correctness")
+    reading = time.perf_counter()
+    loss, gradient = fetch(backend, out)
+    reading = time.perf_counter() - reading
+    check_waited(backend, out, first_call, reading)
+    check_types(loss, gradient, theta, spec)
+    result = check_gradient(loss, gradient, theta, spec) | {"first_call_s": first_call}
+    if not spec["budget_s"]:
+        return result | {"status": "ok"}
+
+    stage("samples")
+    step = lambda: backend.wait(derivative(*on))  # noqa: E731 - the whole of what is timed
+    result["derivative"] = sample(step, spec["budget_s"], spec["least"], first_call)
+    check_unchanged(backend, step(), gradient, spec)
+
+    stage("primal")
+    began = time.perf_counter()
+    primal = backend.primal(bind(implementation.loss, size, work))
+    value = backend.wait(primal(*on))
+    result["primal_first_call_s"] = time.perf_counter() - began
+    off = judge.loss_error(
+        float(np.asarray(backend.get(value) if hasattr(value, "shape") else value)), loss, theta, gradient
+    )
+    if off > spec["loss_gate"]:
+        raise Invalid(
+            f"The primal that is timed differs from the loss of the derivative by {off:.1e}: they run different code."
+        )
+    result["primal"] = sample(
+        lambda: backend.wait(primal(*on)), spec["budget_s"] / 2, spec["least"], result["primal_first_call_s"]
+    )
+    del out, value
+
+    stage("memory")
+    result["memory"] = memory(step, work, backend)
+    for name, pristine in (theta | data).items():
+        if not np.array_equal(backend.get((on[0] | on[1])[name]), pristine):
+            raise Invalid(f"The input {name} was changed by the call.")
+    if implementation.stats:
+        result["stats"] = {key: float(value) for key, value in implementation.stats(*on, size).items()}
+    measured = (
+        first_call + result["primal_first_call_s"] + result["derivative"]["spent_s"] + result["primal"]["spent_s"]
+    )
+    return result | {
+        "status": "ok",
+        "versions": backend.versions(),
+        "environ": {k: os.environ[k] for k in spec["environ"]},
+        "measured_s": measured,
+        "worker_s": time.perf_counter() - start,
+    }
+
+
+def gradient(spec: dict, stage: Callable[[str], None]) -> dict:
+    """The loss and the whole gradient of a cell, saved to `spec["save"]`: what references are made of."""
+    task, size, theta, data = load_inputs(spec)
+    backend = construct(spec)
+    implementation = load_implementation(spec)
+    stage("first call")
+    work = implementation.prepare(structure(theta, data), size) if implementation.prepare else None
+    chosen = implementation.strategies.get(spec["strategy"], implementation.loss)
+    loss, blocks = fetch(backend, getattr(backend, spec["strategy"])(bind(chosen, size, work))(theta, data))
+    save(spec["save"], {"loss": np.float64(loss)} | {f"block {name}": block for name, block in blocks.items()})
+    return {"status": "ok"}
+
+
+def along_directions(spec: dict, stage: Callable[[str], None]) -> dict:
+    """The statement's derivatives along the judge's directions, saved to `spec["save"]`."""
+    task, size, theta, data = load_inputs(spec)
+    stage("first call")
+    loss = bind(next(iter(task.forms.values())), size, None)
+    found = judge.directional(loss, theta, data, h=spec.get("h"))
+    save(
+        spec["save"],
+        {"loss": np.float64(loss(theta, data))} | {f"along {name}": along for name, along in found.items()},
+    )
+    return {"status": "ok"}
+
+
+def triad(spec: dict, stage: Callable[[str], None]) -> dict:
+    """The bandwidth floor: a = b + s c over arrays of spec["size"] doubles in Numba, beside a plain copy."""
+    from numba import njit
+
+    @njit(fastmath=True)
+    def kernel(a, b, s, c):
+        for i in range(a.size):
+            a[i] = b[i] + s * c[i]
+
+    a, b, c = (np.full(spec["size"], float(k)) for k in range(3))
+    stage("first call")
+    kernel(a, b, 0.5, c)
+    stage("samples")
+    found = sample(lambda: kernel(a, b, 0.5, c), spec["budget_s"], 10, 0.0)
+    copy = sample(lambda: np.copyto(a, b), spec["budget_s"], 10, 0.0)
+    return {"status": "ok", "triad": found, "copy": copy, "bytes": a.nbytes}
+
+
+MODES = {"measure": measure, "gradient": gradient, "directions": along_directions, "triad": triad}
+
+
+# Loading
+
+
+def load_inputs(spec: dict) -> tuple[Any, Any, dict, dict]:
+    """(task, size, theta, data), the arrays in the cell's dtype."""
+    task = importlib.import_module(f"problems.{spec['problem']}").TASKS[spec["task"]]
+    size = task.at(**spec["size"])
+    with np.load(spec["inputs"]) as arrays:
+        both = {kind: {n[6:]: arrays[n] for n in arrays.files if n[:6] == kind} for kind in ("theta ", "data  ")}
+    cast = lambda a: a.astype(spec["dtype"]) if a.dtype.kind == "f" else a  # noqa: E731
+    theta, data = ({name: cast(a) for name, a in both[kind].items()} for kind in ("theta ", "data  "))
+    return task, size, theta, data
+
+
+def construct(spec: dict) -> Any:
+    try:
+        return importlib.import_module(f"backends.{spec['backend']}_backend").BACKEND(spec["device"])
+    except (ImportError, RuntimeError) as e:
+        raise Unavailable(f"{spec['backend']} cannot be used on {spec['device']}: {e}") from None
+
+
+def load_implementation(spec: dict) -> Implementation:
+    if spec["backend"] == "numpy":
+        forms = importlib.import_module(f"problems.{spec['problem']}").TASKS[spec["task"]].forms
+        return Implementation(forms[spec["form"]])
+    module = importlib.import_module(f"problems.{spec['problem']}.{spec['problem']}_{spec['backend']}")
+    return module.IMPLEMENTATION[spec["task"]][spec["form"]]
+
+
+def bind(function: Callable, size: Any, work: Any) -> Callable:
+    """loss(theta, data): size and work are static."""
+    if work is None:
+        return lambda theta, data: function(theta, data, size)
+    return lambda theta, data: function(theta, data, size, work)
+
+
+def fetch(backend: Any, out: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    loss, blocks = out
+    take = lambda x: np.array(x if isinstance(x, float) else backend.get(x))  # noqa: E731
+    return take(loss), {name: take(block) for name, block in blocks.items()}
+
+
+def save(path: str, arrays: dict) -> None:
+    with open(path + ".part", "wb") as f:
+        np.savez(f, **arrays)
+    os.replace(path + ".part", path)
+
+
+# Rules of measurement
+
+
+def check_waited(backend: Any, out: Any, took: float, reading: float) -> None:
+    """After wait, reading the result must cost no more than reading it again."""
+    began = time.perf_counter()
+    fetch(backend, out)
+    again = time.perf_counter() - began
+    if reading - again > max(0.5e-3, 0.2 * took):
+        raise Invalid(
+            f"The result was not waited for: reading it took {reading:.2e} s after the clock had stopped, again {again:.2e} s."
+        )
+
+
+def check_types(loss: Any, gradient: dict, theta: dict, spec: dict) -> None:
+    if gradient.keys() != theta.keys():
+        raise Invalid(f"The gradient has the blocks {', '.join(gradient)}; theta has {', '.join(theta)}.")
+    for name, block in gradient.items():
+        if block.shape != theta[name].shape:
+            raise Invalid(f"The gradient of {name} has the shape {block.shape}; theta has {theta[name].shape}.")
+        if block.ndim and str(block.dtype) != spec["dtype"]:
+            raise Invalid(f"The gradient of {name} is {block.dtype}; the cell asks for {spec['dtype']}.")
+    if np.ndim(loss) or (str(loss.dtype) not in (spec["dtype"], "float64")):
+        raise Invalid(
+            f"The loss has the shape {np.shape(loss)} and dtype {loss.dtype}; it must be one {spec['dtype']} number."
+        )
+
+
+def check_gradient(loss: Any, gradient: dict, theta: dict, spec: dict) -> dict:
+    """Errors of every block against the references of the spec. Raises Wrong, with what was found."""
+    source = np.load(spec["whole"] or spec["along"])
+    blocks, worst = {}, 0.0
+    for name in theta:
+        g = gradient[name]
+        whole = source[f"block {name}"] if spec["whole"] else None
+        along = None if spec["whole"] else source[f"along {name}"]
+        off = judge.error(g, whole, along, name)
+        worst = max(worst, off)
+        norm, nonzero = judge.extent(whole, along, g.size)
+        blocks[name] = {
+            "size": int(g.size),
+            "norm": float(np.linalg.norm(g)),
+            "dot_gold5": judge.gold_dot(g),
+            "error": off,
+            "reference_norm": norm,
+            "reference_nonzero": nonzero,
+        }
+    off = judge.loss_error(float(loss), float(source["loss"]), theta, gradient)
+    result = {"loss": float(loss), "loss_error": off, "blocks": blocks, "error": worst}
+    for name, block in blocks.items():
+        if not np.isfinite(block["norm"]):
+            raise Wrong(f"The gradient of {name} is not finite.", result)
+        if block["reference_norm"] == 0.0:
+            raise Invalid(
+                f"The reference gradient of {name} is zero at this size: it can check nothing. Choose another size."
+            )
+        if block["error"] > spec["gate"]:
+            how = "is zero" if block["norm"] == 0.0 else f"has the relative error {block['error']:.1e}"
+            raise Wrong(
+                f"The gradient of {name} {how}, above the gate {spec['gate']:.0e}; judged by {spec['judge']}.", result
+            )
+    if not off <= spec["loss_gate"]:
+        raise Wrong(f"The loss has the relative error {off:.1e}, above the gate {spec['loss_gate']:.0e}.", result)
+    return result
+
+
+def check_unchanged(backend: Any, out: Any, gradient: dict, spec: dict) -> None:
+    """The artefact that was timed still returns what was checked."""
+    _, again = fetch(backend, out)
+    for name, block in gradient.items():
+        if np.linalg.norm(again[name] - block) > spec["gate"] * np.linalg.norm(block):
+            raise Invalid(f"The gradient of {name} changed between the first call and the last.")
+
+
+# Clock and memory
+
+
+def reference_kernel(a=np.linspace(0.1, 1.0, 4096)) -> float:  # noqa: B008 - one array, made once
+    """Fixed work of about 0.4 ms, timed beside every sample: what the machine itself was doing.
+
+    NumPy, not Numba, so that a worker of any environment runs the same code without importing a second library.
+    """
+    began = time.perf_counter()
+    for _ in range(16):
+        np.sqrt(np.exp(a)).sum()
+    return time.perf_counter() - began
+
+
+def sample(call: Callable, budget: float, least: int, once: float) -> dict:
+    """Wall and CPU seconds a call, and the reference kernel's beside them, until the budget is spent."""
+    start = time.perf_counter()
+    number = 1
+    target = max(SAMPLE_S, budget / MOST_SAMPLES)
+    if once < budget:  # a call that alone breaks the budget needs neither calibration nor more warming up
+        while (took := clock(call, number)[0]) < target:
+            number = max(2 * number, int(0.9 * number * target / max(took, 1e-7))) if took < target / 4 else 2 * number
+    wall, cpu, reference = [], [], []
+    gc.collect()
+    gc.disable()
+    try:
+        while len(wall) < least or (len(wall) < MOST_SAMPLES and time.perf_counter() - start < budget):
+            reference.append(round(reference_kernel(), 9))
+            w, c = clock(call, number)
+            wall.append(float(f"{w / number:.6g}"))
+            cpu.append(float(f"{c / number:.6g}"))
+    finally:
+        gc.enable()
+    return {"number": number, "wall": wall, "cpu": cpu, "reference": reference, "spent_s": time.perf_counter() - start}
+
+
+def clock(call: Callable, number: int) -> tuple[float, float]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(number):
+        call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def memory(step: Callable, work: Any, backend: Any) -> dict:
+    """Bytes that one call adds at its peak, and what `work` holds. Null where the kernel does not say (not Linux)."""
+    gc.collect()
+    backend.device_memory()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else freed pages that stay mapped hide what the call needs
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # resets the high-water mark
+        before = status_bytes("VmRSS")
+        step()
+        peak = status_bytes("VmHWM") - before
+    except (OSError, AttributeError, IndexError):
+        step()
+        peak = None
+    return {"peak": peak, "work": held(work), "device": backend.device_memory()}
+
+
+def status_bytes(key: str) -> int:
+    with open("/proc/self/status") as f:
+        return int(re.findall(rf"{key}:\s*(\d+) kB", f.read())[0]) * 1024
+
+
+def held(work: Any) -> int:
+    """Bytes of the arrays in `work`, however nested."""
+    if hasattr(work, "nbytes"):
+        return int(work.nbytes)
+    if isinstance(work, dict):
+        return sum(held(item) for item in work.values())
+    return sum(held(item) for item in work) if isinstance(work, list | tuple) else 0

@@ -1,0 +1,131 @@
+"""Measure one cell: its judge, then fresh worker processes, then one record."""
+
+import hashlib
+import time
+from datetime import UTC, datetime
+
+from harness import PROTOCOL, ROOT, processes
+from harness.cells import Cell, backend, known_status, size_of
+from harness.ledger import CellRecord, Floor
+from harness.machine import commit, load, lock_hash, machine_class
+from harness.reference import NoReference, inputs, reference, statement_files
+from harness.source import lines
+
+
+def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int = 3) -> CellRecord:
+    """The cell's record: `budget` seconds of derivative samples (half of it of the primal) in each of `number` processes.
+
+    Whatever happens to a worker is a status with a sentence in the record.
+    """
+    began = time.monotonic()
+    status, reason = known_status(cell)
+    if status:
+        return record(cell, began, status=status, reason=reason)
+    size = size_of(cell)
+    try:
+        judge = reference(cell)
+    except NoReference as e:
+        return record(cell, began, status=e.status if e.status in ("timeout", "oom") else "error", reason=e.reason)
+    environ = backend(cell.backend).environ(cell.threads)
+    spec = {
+        "problem": cell.problem,
+        "task": cell.task,
+        "backend": cell.backend,
+        "form": cell.form,
+        "strategy": cell.strategy,
+        "size": size._asdict(),
+        "device": cell.device,
+        "dtype": cell.dtype,
+        "inputs": inputs(cell, size),
+        "budget_s": budget,
+        "least": least,
+        **vars(judge),
+    }
+    found, measured = [], 0.0
+    last: dict = {}
+    for _ in range(number):
+        before = load()
+        last = processes.run("measure", spec, environ, cell.threads, limit)
+        measured += last.get("measured_s") or (
+            last["wall_s"] if last["status"] in ("timeout", "oom", "crashed") else 0.0
+        )
+        if last["status"] != "ok":
+            found = []
+            break
+        ticks = [t["steal_ticks"] for t in (before, load())]
+        steal = ticks[1] - ticks[0] if None not in ticks else None
+        found.append(last | {"load1": before["load1"], "steal_ticks": steal})
+    shared = {name: last.get(name) for name in ("status", "reason", "loss", "loss_error", "blocks", "error")}
+    return record(
+        cell,
+        began,
+        **shared,
+        gate=judge.gate,
+        judge=judge.judge,
+        processes=found,
+        versions=last.get("versions", {}),
+        environ=processes.thread_environ(cell.threads) | environ,
+        cpus=processes.cpus(cell.threads),
+        measured_s=measured,
+    )
+
+
+def measure_floor(cell: Cell, block: str, budget: float) -> Floor:
+    """The triad over arrays as large as the named block of theta."""
+    import numpy as np
+
+    with np.load(inputs(cell, size_of(cell))) as arrays:
+        size = arrays[f"theta {block}"].size
+    found = processes.run("triad", {"size": size, "budget_s": budget}, backend("numba").environ(1), 1, 120.0)
+    if found["status"] != "ok":
+        raise NoReference(found["status"], found["reason"])
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Floor.model_validate(
+        found | {"problem": cell.problem, "task": cell.task, "size": cell.size, "finished": now}
+    )
+
+
+def key(cell: Cell) -> str:
+    """Changes whenever the number could: an edited, uncommitted implementation is never served stale numbers."""
+    package = ROOT / "problems" / cell.problem
+    files = sorted(package.glob("*.py")) if package.is_dir() else statement_files(cell.problem)
+    files += [
+        ROOT / "problems/__init__.py",
+        ROOT / f"backends/{cell.backend}_backend.py",
+        ROOT / "backends/__init__.py",
+    ]
+    files += sorted((ROOT / "harness").glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    digest.update("\0".join((lock_hash(), machine_class(), cell.address, str(PROTOCOL))).encode())
+    return digest.hexdigest()[:16]
+
+
+def record(cell: Cell, began: float, **rest) -> CellRecord:
+    """The record of a cell that began at this monotonic time, with what is common to all."""
+    head, dirty = commit()
+    return CellRecord.model_validate(
+        {
+            "key": key(cell),
+            "cell": cell.address,
+            "problem": cell.problem,
+            "task": cell.task,
+            "backend": cell.backend,
+            "form": cell.form,
+            "strategy": cell.strategy,
+            "way": cell.way,
+            "size": cell.size,
+            "size_keys": size_of(cell)._asdict(),
+            "device": cell.device,
+            "dtype": cell.dtype,
+            "threads": cell.threads,
+            "lines": lines(cell) if cell.form else None,
+            "commit": head,
+            "dirty": dirty,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "wall_s": time.monotonic() - began,
+            "measured_s": 0.0,
+        }
+        | rest
+    )

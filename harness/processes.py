@@ -1,0 +1,94 @@
+"""Worker processes: start one, watch it, say how it ended. A crash, a hang or a full memory is a status and a sentence."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from harness import ROOT
+
+POLL_S = 0.02
+MEMORY_SHARE = 0.85  # of what the machine has: beyond it the kernel would choose a victim, perhaps not ours
+
+
+def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: float) -> dict:
+    """The result of one worker, always with `status` and `reason`; wall seconds as `wall_s`."""
+    with tempfile.TemporaryDirectory(prefix="adphys-") as folder:
+        spec_path, out_path, log = (Path(folder) / name for name in ("spec.json", "out.jsonl", "log"))
+        spec_path.write_text(json.dumps(spec | {"mode": mode, "cpus": cpus(threads), "environ": sorted(environ)}))
+        began = time.monotonic()
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "harness.worker", str(spec_path), str(out_path)],
+                cwd=ROOT,
+                env=os.environ
+                | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+                | thread_environ(threads)
+                | environ,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                ended = _watch(process, limit)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        found = [json.loads(line) for line in out_path.read_text().splitlines()] if out_path.exists() else []
+        said = " ".join(log.read_text(errors="replace").split()[-40:])
+    result = found[-1].get("result") if found else None
+    if result is None:
+        stage = found[-1]["stage"] if found else "start"
+        result = _ended(ended, stage, limit, process.returncode, said)
+    return {"reason": ""} | result | {"wall_s": time.monotonic() - began}
+
+
+def cpus(threads: int) -> list[int]:
+    """The last ones: the first is where the kernel likes to put everything else."""
+    return sorted(os.sched_getaffinity(0))[-threads:]
+
+
+def thread_environ(threads: int) -> dict[str, str]:
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return dict.fromkeys(names, str(threads))
+
+
+def _watch(process: subprocess.Popen, limit: float) -> str:
+    """How it ended: exit, timeout or oom."""
+    deadline, most = time.monotonic() + limit, MEMORY_SHARE * psutil.virtual_memory().total
+    watched = psutil.Process(process.pid)
+    while True:
+        try:
+            process.wait(POLL_S)
+            return "exit"
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > deadline:
+                return "timeout"
+            with contextlib.suppress(psutil.Error):
+                if watched.memory_info().rss > most:
+                    return "oom"
+
+
+def _ended(ended: str, stage: str, limit: float, code: int | None, said: str) -> dict:
+    if ended == "timeout":
+        return {"status": "timeout", "reason": f"It did not end within {limit:.0f} s; it was in the stage: {stage}."}
+    if ended == "oom":
+        return {
+            "status": "oom",
+            "reason": f"It took more than {MEMORY_SHARE:.0%} of the machine's memory in the stage: {stage}.",
+        }
+    if code is not None and code < 0:
+        return {
+            "status": "crashed",
+            "reason": f"The process died of {signal.Signals(-code).name} in the stage: {stage}. {said}",
+        }
+    return {"status": "error", "reason": f"The process ended with code {code} in the stage: {stage}. {said}"}

@@ -1,0 +1,175 @@
+"""References: what every gradient is judged by, and how each reference was itself judged.
+
+At tiny the whole gradient is built from the statement, entry by entry, by complex step. At every other size it is the hand
+adjoint, once that has passed at tiny and agrees, at this very size, with complex step of the statement along the judge's
+directions. Where there is no hand adjoint, or a wrong one, those directions judge. Nothing is judged by itself. Inputs and
+references are kept by content hash in a folder that git ignores.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from backends import STRATEGIES
+from harness import ROOT, UserError, processes
+from harness.cells import Cell, backend, outline, size_of, tasks
+from harness.judge import error
+from harness.machine import lock_hash
+
+LIMIT_S = 3600.0  # references may take long, once
+DIFFERENCE_H = 1e-6
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a worker needs to judge: the file of a whole gradient, or of directional derivatives, and what to call it."""
+
+    judge: str
+    gate: float  # of a block of the gradient
+    loss_gate: float
+    whole: str | None = None
+    along: str | None = None
+
+
+class NoReference(Exception):
+    """The reference could not be computed: the status and the sentence of the process that tried."""
+
+    def __init__(self, status: str, reason: str):
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+def reference(cell: Cell) -> Reference:
+    """The judge of a cell. Raises NoReference where none can be computed."""
+    task, size = tasks(cell.problem)[cell.task], size_of(cell)
+    loss_gate = task.gate if cell.dtype == "float64" else task.gate32
+    gate = STRATEGIES[cell.strategy].gate or loss_gate
+    tiny = size == task.sizes["tiny"]
+    by_hand = (cell.backend, cell.strategy) == ("numba", "adjoint")
+    slow = cell.strategy in ("complex_step", "difference")
+    if tiny and not slow:
+        return Reference(
+            "complex step of the statement", gate, loss_gate, whole=_gradient(cell, size, "numpy", "complex_step")
+        )
+    if not by_hand and _adjoint_passes(cell, size, task):
+        return Reference("the hand adjoint", gate, loss_gate, whole=_gradient(cell, size, "numba", "adjoint"))
+    if cell.strategy == "complex_step":
+        gate = STRATEGIES["difference"].gate or gate
+        return Reference(
+            "central differences of the statement", gate, loss_gate, along=_directions(cell, size, DIFFERENCE_H)
+        )
+    return Reference("complex step of the statement along directions", gate, loss_gate, along=_directions(cell, size))
+
+
+def inputs(cell: Cell, size: tuple) -> str:
+    """The file that holds theta and data of this task and size."""
+    path = _path("inputs", cell, size, "")
+    if not path.exists():
+        theta, data = tasks(cell.problem)[cell.task].inputs(size)
+        arrays = {f"theta {k}": np.asarray(v) for k, v in theta.items()} | {
+            f"data  {k}": np.asarray(v) for k, v in data.items()
+        }
+        with path.with_suffix(f".{os.getpid()}").open("wb") as f:
+            np.savez(f, **arrays)  # type: ignore[arg-type] - NumPy's stub takes the keywords for allow_pickle
+        path.with_suffix(f".{os.getpid()}").replace(path)
+    return str(path)
+
+
+def _adjoint_passes(cell: Cell, size: tuple, task) -> bool:
+    """Whether there is a hand adjoint that is right at tiny, entry by entry, and at this size, along directions."""
+    form = outline(cell.problem, "numba").get(cell.task, {})
+    if not any("adjoint" in f.strategies for f in form.values()):
+        return False
+    tiny = task.sizes["tiny"]
+    try:
+        at_tiny = _agree(
+            _gradient(cell, tiny, "numba", "adjoint"), _gradient(cell, tiny, "numpy", "complex_step"), None
+        )
+        return at_tiny <= task.gate and (
+            size == tiny
+            or _agree(_gradient(cell, size, "numba", "adjoint"), None, _directions(cell, size)) <= task.gate
+        )
+    except NoReference:
+        return False
+
+
+def _agree(gradient: str, whole: str | None, along: str | None) -> float:
+    """The worst block's error of a saved gradient."""
+    with np.load(gradient) as got, np.load(whole or along or "") as want:
+        names = [name.removeprefix("block ") for name in got.files if name.startswith("block ")]
+        kind = "block" if whole else "along"
+        pairs = [(got[f"block {n}"], want[f"{kind} {n}"], n) for n in names]
+    return max(error(g, w if whole else None, None if whole else w, n) for g, w, n in pairs)
+
+
+def _gradient(cell: Cell, size: tuple, library: str, strategy: str) -> str:
+    path = _path(f"{library}-{strategy}", cell, size, library)
+    form = next(
+        f
+        for f, o in outline(cell.problem, library)[cell.task].items()
+        if library == "numpy" or strategy in o.strategies
+    )
+    spec = _spec(cell, size) | {"backend": library, "strategy": strategy, "form": form, "save": str(path)}
+    return _computed(path, "gradient", spec, backend(library).environ(1))
+
+
+def _directions(cell: Cell, size: tuple, h: float | None = None) -> str:
+    path = _path(f"along-{h}", cell, size, "numpy")
+    return _computed(path, "directions", _spec(cell, size) | {"save": str(path), "h": h}, {})
+
+
+def _computed(path: Path, mode: str, spec: dict, environ: dict[str, str]) -> str:
+    if not path.exists():
+        result = processes.run(mode, spec, environ, 1, LIMIT_S)
+        if result["status"] != "ok":
+            raise NoReference(result["status"], f"Its reference could not be computed: {result['reason']}")
+    return str(path)
+
+
+def _spec(cell: Cell, size: tuple) -> dict:
+    """References are float64, always."""
+    return {
+        "problem": cell.problem,
+        "task": cell.task,
+        "size": size._asdict(),  # type: ignore[attr-defined] - a NamedTuple
+        "inputs": inputs(cell, size),
+        "dtype": "float64",
+        "device": "cpu",
+    }
+
+
+def _path(kind: str, cell: Cell, size: tuple, library: str) -> Path:
+    """Named by content: the statement, the code that computes it, the lock, the task and the size."""
+    digest = hashlib.sha256(lock_hash().encode())
+    for file in [ROOT / "problems/__init__.py", *statement_files(cell.problem), *_library_files(cell.problem, library)]:
+        digest.update(file.read_bytes())
+    for file in ("judge.py", "cell_protocol.py"):
+        digest.update((ROOT / "harness" / file).read_bytes())
+    digest.update(repr((cell.problem, cell.task, tuple(size))).encode())
+    folder = cache_folder()
+    return folder / f"{cell.problem}.{cell.task}-{kind}-{digest.hexdigest()[:20]}.npz"
+
+
+def statement_files(problem: str) -> list[Path]:
+    package = ROOT / "problems" / problem
+    return [package / "__init__.py"] if package.is_dir() else [package.with_suffix(".py")]
+
+
+def _library_files(problem: str, library: str) -> list[Path]:
+    files = [ROOT / "backends" / f"{library}_backend.py", ROOT / "problems" / problem / f"{problem}_{library}.py"]
+    return [f for f in files if library and f.is_file()]
+
+
+def cache_folder() -> Path:
+    """`.cache` beside the code, or ADPHYS_CACHE."""
+    folder = Path(os.environ.get("ADPHYS_CACHE") or ROOT / ".cache")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"The folder {folder} for references cannot be written ({e.strerror}); set ADPHYS_CACHE."
+        ) from None
+    return folder

@@ -1,0 +1,219 @@
+"""A run: the cells of a preset in random order, one at a time, into one ledger file; and going on with one that was killed."""
+
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from harness import PROTOCOL, UserError
+from harness.cells import SIZES, Cell, backend, cells, known_status, tasks
+from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
+from harness.machine import commit, lock_hash, machine, machine_class
+from harness.measure import key, measure, measure_floor, record
+from harness.reference import NoReference
+from harness.statistics import summary
+
+
+@dataclass(frozen=True)
+class Preset:
+    sizes: tuple[str, ...]
+    every_way: bool  # else natural form and main strategy only
+    sweep: bool
+    budget: float
+    processes: int
+    limit: float
+
+
+PRESETS = {
+    "quick": Preset(("small",), False, False, budget=2.5, processes=1, limit=25.0),
+    "default": Preset(("small", "large"), True, False, budget=2.0, processes=2, limit=300.0),
+    "full": Preset(SIZES, True, True, budget=2.0, processes=3, limit=600.0),
+}
+
+
+def plan(patterns: list[str], preset: str, device: str) -> list[Cell]:
+    """The cells of a run, each once, in the order of their addresses."""
+    p, found = PRESETS[preset], {}
+    for pattern in patterns or ["*"]:
+        explicit = "@" in pattern
+        for cell in cells(pattern):
+            if not explicit and cell.size not in p.sizes:
+                continue
+            if not (p.every_way or explicit) and not _main(cell):
+                continue
+            found[(cell := replace(cell, device=device) if device != "cpu" else cell).address] = cell
+        if p.sweep and not explicit:
+            found |= {c.address: c for c in _sweep(pattern)}
+    if not found:
+        raise UserError(
+            f"The preset {preset} has no cell that matches {' '.join(patterns)}; add a size, as in {patterns[0]}@tiny."
+        )
+    return [found[address] for address in sorted(found)]
+
+
+def _main(cell: Cell) -> bool:
+    return cell.natural and cell.strategy == backend(cell.backend).strategies()[0]
+
+
+def _sweep(pattern: str) -> Iterable[Cell]:
+    """The sizes that a task names for its figure of time against size."""
+    for cell in cells(pattern + "@small"):
+        if cell.strategy not in ("complex_step", "difference"):
+            for size in tasks(cell.problem)[cell.task].sweep:
+                yield replace(cell, size=",".join(f"{k}={v}" for k, v in size.items()))
+
+
+def start(patterns: list[str], preset: str, device: str, seed: int | None = None) -> tuple[Writer, Context]:
+    """A new run: its file, with the context record written."""
+    now, p = datetime.now(UTC), PRESETS[preset]
+    order = plan(patterns, preset, device)
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    random.Random(seed).shuffle(order)
+    head, dirty = commit()
+    name = preset if not patterns else "run"
+    context = Context.model_validate(
+        {
+            "schema": 1,
+            "run": f"{now:%Y%m%dT%H%M%SZ}-{name}",
+            "preset": preset,
+            "patterns": patterns,
+            "protocol": PROTOCOL,
+            "seed": seed,
+            "plan": [cell.address for cell in order],
+            "budget_s": p.budget,
+            "processes": p.processes,
+            "limit_s": p.limit,
+            "machine": machine(),
+            "machine_class": machine_class(),
+            "lock_hash": lock_hash(),
+            "versions": _versions(),
+            "commit": head,
+            "dirty": dirty,
+            "started": now.isoformat(timespec="seconds"),
+        }
+    )
+    writer = Writer(context.run)
+    writer.append(context)
+    return writer, context
+
+
+def resume() -> tuple[Writer, Context, Run]:
+    """The newest unfinished run of this machine class. Raises UserError where every run has ended."""
+    for path in reversed(runs()):
+        run = Run(path)
+        if run.end is None and run.context:
+            return Writer(run.context.run), run.context, run
+    raise UserError("There is no unfinished run to resume on this machine; start one with adphys run.")
+
+
+def go(writer: Writer, context: Context, before: Run | None, console: Console) -> list[CellRecord]:
+    """Measure what the plan has and the file has not, one cell at a time; returns all its records."""
+    began = time.monotonic()
+    done = {r.cell: r for r in before.cells.values()} if before else {}
+    known = {c.address: c for address in context.plan for c in cells(address)}
+    todo = [known[a] for a in context.plan if a not in done or done[a].key != key(known[a])]
+    records = {a: r for a, r in done.items() if known[a] not in todo}
+    if before:
+        console.print(
+            f"{before.torn} " * bool(before.torn) + f"{len(records)} cells are in the ledger; {len(todo)} are left."
+        )
+    _floors(writer, context, before, [known[a] for a in context.plan], console)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(todo), left="")
+        for k, cell in enumerate(todo):
+            spent = time.monotonic() - began
+            left = f"about {_duration(spent / k * (len(todo) - k))} left" if k else ""
+            progress.update(bar, description=cell.address, completed=k, left=left)
+            found = records[cell.address] = _measure(cell, context, records)
+            writer.append(found)
+            progress.console.print(line(found), soft_wrap=True, highlight=False)
+    wall = time.monotonic() - began + sum(r.wall_s for a, r in done.items() if known[a] not in todo)
+    measured = sum(r.measured_s for r in records.values())
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    writer.append(End(finished=now, wall_s=wall, measured_s=measured))
+    console.print(
+        f"{len(records)} cells in {_duration(wall)}, {measured / max(wall, 1e-9):.0%} of it inside first and measured calls."
+    )
+    return list(records.values())
+
+
+def _measure(cell: Cell, context: Context, records: dict[str, CellRecord]) -> CellRecord:
+    """Measured, or a timeout without being run where the smaller size says that it would be one."""
+    if predicted := _will_break(cell, context, records):
+        return record(cell, time.monotonic(), status="timeout", reason=predicted)
+    return measure(cell, budget=context.budget_s, number=context.processes, limit=context.limit_s)
+
+
+def _will_break(cell: Cell, context: Context, records: dict[str, CellRecord]) -> str:
+    """The sentence where three times the time at the next smaller size is more than the limit."""
+    if cell.size not in SIZES or known_status(cell)[0]:
+        return ""
+    for smaller in reversed(SIZES[: SIZES.index(cell.size)]):
+        last = records.get(replace(cell, size=smaller).address)
+        if last is None:
+            continue
+        if last.status == "timeout":
+            return f"Not run: it already timed out at {smaller}."
+        s = summary(last)
+        if s and 3 * s.derivative.median > context.limit_s:
+            return f"Not run: three times its {s.derivative.median:.0f} s at {smaller} would break the limit of {context.limit_s:.0f} s."
+        return ""
+    return ""
+
+
+def _floors(writer: Writer, context: Context, before: Run | None, plan: list[Cell], console: Console) -> None:
+    """One triad a task and size that asks for it, beside the cells of the same run."""
+    have = {(f.problem, f.task, f.size) for f in before.floors} if before else set()
+    for cell in plan:
+        block = tasks(cell.problem)[cell.task].floor
+        if block and (cell.problem, cell.task, cell.size) not in have:
+            have.add((cell.problem, cell.task, cell.size))
+            try:
+                writer.append(measure_floor(cell, block, context.budget_s / 2))
+            except NoReference as e:
+                console.print(f"{cell.name}@{cell.size} has no bandwidth floor: {e.reason}")
+
+
+def sound(records: Iterable[CellRecord]) -> bool:
+    """Whether every cell ended in a state that a sound suite may have."""
+    return all(r.status in DECLARED for r in records)
+
+
+def line(record: CellRecord) -> str:
+    """One line a cell, for the terminal."""
+    s = summary(record)
+    if s is None:
+        return f"{record.cell:58} {record.status}: {record.reason}"
+    return f"{record.cell:58} {seconds(s.derivative.median):>9}  x{s.ratio:<6.3g} error {record.error or 0:.0e}"
+
+
+def seconds(t: float) -> str:
+    """1.23 us, 45.6 ms, 7.89 s: three digits."""
+    for unit, scale in (("us", 1e-6), ("ms", 1e-3)):
+        if t < 999.5 * scale:
+            return f"{t / scale:.3g} {unit}"
+    return f"{t:.3g} s" if t < 999.5 else f"{t:.0f} s"
+
+
+def _duration(t: float) -> str:
+    return f"{t:.0f} s" if t < 90 else f"{t / 60:.0f} min"
+
+
+def _versions() -> dict[str, str]:
+    """Of everything that any backend needs, and of the tools that write results."""
+    from harness.cells import backends
+
+    names = {name for b in backends() for name in backend(b).requires} | {"asv", "pandas", "pydantic"}
+    found = {}
+    for name in sorted(names):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,64 @@
+"""The source of a way: which functions of its file it consists of, and how many lines they are. Nothing is imported."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+from harness import ROOT
+from harness.cells import Cell, modules, outline, parse, tasks
+
+
+def path_of(cell: Cell) -> Path:
+    if cell.backend == "numpy":
+        return modules("problems")[cell.problem]
+    return ROOT / "problems" / cell.problem / f"{cell.problem}_{cell.backend}.py"
+
+
+def source(cell: Cell) -> str:
+    """The functions that the way runs, in the order of the file, as text."""
+    return "\n\n\n".join(text for text, _ in _functions(path_of(cell), entries(cell)))
+
+
+def lines(cell: Cell) -> int:
+    """Lines of code of the way: without blank lines, comments and docstrings."""
+    return sum(count for _, count in _functions(path_of(cell), entries(cell)))
+
+
+def entries(cell: Cell) -> tuple[str, ...]:
+    if cell.backend == "numpy":
+        return (next(iter(tasks(cell.problem)[cell.task].forms.values())).__name__,)
+    form = outline(cell.problem, cell.backend)[cell.task][cell.form]
+    return form.names + form.strategies.get(cell.strategy, ())
+
+
+@cache
+def _functions(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """(text, lines of code) of the named module-level functions and classes and all that they use of the same file."""
+    text = path.read_text().splitlines()
+    tree = parse(path)
+    defined = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    reached, todo = set(), [n for n in names if n in defined]
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += [n.id for n in ast.walk(defined[name]) if isinstance(n, ast.Name) and n.id in defined]
+    return tuple((_text(text, node), _lines_of_code(text, node)) for name, node in defined.items() if name in reached)
+
+
+def _first(node: ast.FunctionDef | ast.ClassDef) -> int:
+    return min([node.lineno, *(d.lineno for d in node.decorator_list)])
+
+
+def _text(text: list[str], node: ast.FunctionDef | ast.ClassDef) -> str:
+    return "\n".join(text[_first(node) - 1 : node.end_lineno])
+
+
+def _lines_of_code(text: list[str], node: ast.FunctionDef | ast.ClassDef) -> int:
+    skip = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner, clean=False) is not None:
+            doc = inner.body[0]
+            skip |= set(range(doc.lineno, (doc.end_lineno or doc.lineno) + 1))
+    rows = range(_first(node), (node.end_lineno or node.lineno) + 1)
+    return sum(1 for k in rows if k not in skip and (row := text[k - 1].strip()) and not row.startswith("#"))
