@@ -1,8 +1,9 @@
-"""The ledger: append-only JSON lines, one a finished cell, flushed to the disk at once. The only truth; schema in results/README.md.
+"""The ledger: append-only JSON lines, one a finished cell, flushed to the disk at once. The only truth.
 
 A run is one file, `results/ledger/<machine-class>/<run-id>.jsonl`: a context record first, floors and cells as they end,
-an end record last. Nothing else may be trusted: every record is validated when it is written and when it is read. A torn
-last line (kill -9, full disk) is tolerated and reported; any other unreadable line is an error that names the line.
+an end record last; results/README.md has the schema. Nothing else may be trusted: every record is validated when it is
+written and when it is read. A torn last line (kill -9, full disk) is tolerated and reported; any other unreadable line is
+an error that names the line.
 """
 
 import json
@@ -141,7 +142,7 @@ class Context(Record):
     plan: list[str] = Field(description="addresses, in that order")
     budget_s: float = Field(description="seconds of samples of a derivative, in each process")
     processes: int = Field(description="fresh processes a cell")
-    limit_s: float = Field(description="a cell's process that takes longer is a timeout")
+    limit_s: float = Field(description="a first call that takes longer is a timeout")
     machine: dict[str, str | int | None]
     machine_class: str
     lock_hash: str

@@ -12,10 +12,14 @@ from harness.reference import NoReference, inputs, reference, statement_files
 from harness.source import lines
 
 
+ENOUGH_S = 60.0
+
+
 def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int = 3) -> CellRecord:
     """The cell's record: `budget` seconds of derivative samples (half of it of the primal) in each of `number` processes.
 
-    Whatever happens to a worker is a status with a sentence in the record.
+    A cell whose processes take longer than ENOUGH_S has fewer of them. Whatever happens to a worker is a status with a
+    sentence in the record.
     """
     began = time.monotonic()
     status, reason = known_status(cell)
@@ -43,7 +47,7 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
     }
     found, measured = [], 0.0
     last: dict = {}
-    for _ in range(number):
+    while len(found) < number and (not found or time.monotonic() - began < ENOUGH_S):
         before = load()
         last = processes.run("measure", spec, environ, cell.threads, limit)
         measured += last.get("measured_s") or (
