@@ -99,10 +99,10 @@ def backend(name: str) -> type[Backend]:
 def task(name: str) -> Task:
     """The task of `problem.task`. Raises UserError where there is none."""
     problem, _, short = name.partition(".")
+    if problem in problems() and short in tasks(problem):
+        return tasks(problem)[short]
     known = [f"{p}.{t}" for p in problems() for t in tasks(p)]
-    if name not in known:
-        raise UserError(f"There is no task {name!r}; {_nearest(name, known)}.")
-    return tasks(problem)[short]
+    raise UserError(f"There is no task {name!r}; {_nearest(name, known)}.")
 
 
 def implementation_file(problem: str, backend_name: str) -> Path:
@@ -162,7 +162,8 @@ def _load(folder: str, module: str, attribute: str) -> Any:
         return getattr(importlib.import_module(f"{folder}.{module}"), attribute)
     except Exception as e:  # whatever a file written by a user does when it is imported
         raise UserError(
-            f"{modules(folder)[module].relative_to(ROOT)} cannot be used: {type(e).__name__}: {e}; mend it or remove it."
+            f"{modules(folder)[module].relative_to(ROOT)} cannot be used: {type(e).__name__}: {' '.join(str(e).split())}; "
+            "mend it or remove it."
         ) from None
 
 
@@ -181,6 +182,7 @@ def cells(pattern: str = "*") -> Iterator[Cell]:
     Raises UserError where nothing matches or the size is not one of the task's.
     """
     left, _, right = pattern.partition("@")
+    left = left or "*"
     if "=" in right:
         sizes, reserved = _own_size(right)
     else:
@@ -216,14 +218,16 @@ def cell(address: str) -> Cell:
         )
     if "=" not in size and size not in SIZES:
         raise UserError(f"There is no size {size!r}; sizes are {', '.join(SIZES)}, or your own keys, as in @N=64.")
+    if "=" in size and len(_own_size(size)[0]) > 1:
+        raise UserError(f"{address!r} names no size; write it before the comma, as in @small,{size}.")
     task(parts[0])
-    exact = [c for c in cells(f"{parts[0]}@{size}") if f"{c.name}/{c.way}" == left]
-    if exact:
-        return exact[0]
     if "=" not in size and parts[2] in APPROXIMATE_OR_SLOW and size == "large":
         raise UserError(
             f"{parts[2]} takes one primal and more for every entry of theta, so it has no cell at large; use small."
         )
+    exact = [c for c in cells(f"{parts[0]}/{parts[1]}@{size}") if f"{c.name}/{c.way}" == left]
+    if exact:
+        return exact[0]
     raise UserError(f"There is no cell {address!r}; {_why_no_match(left, size)}.")
 
 
@@ -295,6 +299,11 @@ def _own_size(text: str) -> tuple[list[str], dict[str, Any]]:
             keys.append(item)
         else:
             raise UserError(f"{item!r} in the size {text!r} is not key=value; write it as in N=64,alpha=0.1.")
+    names = [key.partition("=")[0] for key in keys]
+    if len(set(names)) < len(names) or (len(names) > 1 and set(names) & set(SIZES)):
+        raise UserError(
+            f"The size {text!r} says one thing twice; give a named size or each key once, as in N=64,alpha=0.1."
+        )
     if reserved.get("dtype", "float64") not in DTYPES:
         raise UserError(f"dtype={reserved['dtype']} is not known; dtypes are {', '.join(DTYPES)}.")
     if reserved.get("device", "cpu") not in ("cpu", "cuda"):

@@ -154,9 +154,10 @@ def report(
     to: Annotated[Path, typer.Option(help="folder to write to")] = ROOT / "reports" / "latest",
 ) -> None:
     """Markdown, CSV, SVG and one HTML page of the ledger."""
+    found = ledger.read([*(paths or []), *(more or [])] or _newest())
     from reports import write
 
-    index = write(ledger.read([*(paths or []), *(more or [])] or _newest()), to)
+    index = write(found, to)
     print(f"report: {_shown(index)}")
 
 

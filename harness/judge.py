@@ -43,8 +43,10 @@ def error(gradient: np.ndarray, whole: np.ndarray | None, along: np.ndarray | No
     g = np.asarray(gradient, dtype=float).ravel()
     want = along if whole is None else np.asarray(whole, dtype=float).ravel()
     assert want is not None
+    if not np.isfinite(g).all():
+        return float("inf")
     got = directions(block, g.size) @ g if whole is None else g
-    if not np.isfinite(g).all() or got.shape != want.shape:
+    if got.shape != want.shape:
         return float("inf")
     norm = np.linalg.norm(want)
     return float(np.linalg.norm(got - want) / norm) if norm > 0 else float("inf")

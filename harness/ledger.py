@@ -8,11 +8,13 @@ an error that names the line.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from harness import ROOT, UserError
 from harness.machine import machine_class
@@ -110,7 +112,7 @@ class CellRecord(Record):
     environ: dict[str, str] = Field({}, description="environment variables set for the worker")
     cpus: list[int] = Field([], description="processors the worker was pinned to")
     commit: str | None = None
-    dirty: bool | None = Field(None, description="whether tracked files differed from the commit")
+    dirty: bool | None = Field(None, description="whether problems, backends, harness or lock differed from the commit")
     finished: str = Field(description="UTC, ISO 8601")
     wall_s: float = Field(description="of the whole cell, start-up and references included")
     measured_s: float = Field(description="the part of wall_s inside first calls and samples")
@@ -171,30 +173,32 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self.torn = ""  # the sentence about a torn last line
-        self.context: Context | None = None
+        context = None
         self.end: End | None = None
         self.cells: dict[str, CellRecord] = {}  # address -> the last record
         self.floors: list[Floor] = []
         for record in self._records():
             if isinstance(record, Context):
-                self.context = record
+                context = record
             elif isinstance(record, CellRecord):
                 self.cells[record.cell] = record
             elif isinstance(record, Floor):
                 self.floors.append(record)
             else:
                 self.end = record
-        if self.context is None:
+        if context is None:
             raise UserError(
                 f"{path} is not a ledger: it does not start with a context record; give a file that adphys run wrote."
             )
+        self.context: Context = context
 
     def _records(self) -> Iterator[Context | CellRecord | Floor | End]:
         try:
-            text = self.path.read_text()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"The ledger {self.path} cannot be read: {e}.") from None
-        lines = text.split("\n")
+            lines = self.path.read_bytes().split(b"\n")  # bytes: a torn line may end within a character
+        except OSError as e:
+            raise UserError(
+                f"The ledger {self.path} cannot be read: {e.strerror}; name one that adphys run wrote."
+            ) from None
         for k, line in enumerate(lines, 1):
             if not line:
                 continue
@@ -238,10 +242,16 @@ class Writer:
             ) from None
 
     def _end_torn_line(self) -> None:
-        """Cut a torn last line off, so that the next record starts a line of its own."""
+        """Cut a torn last line off, so that the next record starts a line of its own. One that lacks only its end stays."""
         if self.path.exists() and (data := self.path.read_bytes()) and not data.endswith(b"\n"):
+            start = data.rfind(b"\n") + 1
             with self.path.open("r+b") as f:
-                f.truncate(data.rfind(b"\n") + 1)
+                try:
+                    RECORD.validate_json(data[start:])
+                    f.seek(0, os.SEEK_END)
+                    f.write(b"\n")
+                except ValidationError:
+                    f.truncate(start)
 
 
 def runs(folder: Path | None = None) -> list[Path]:
@@ -262,3 +272,34 @@ def read(paths: Iterable[Path]) -> list[Run]:
 def schema() -> str:
     """The published JSON schema of a line."""
     return json.dumps(RECORD.json_schema(by_alias=True), indent=1)
+
+
+def readme() -> str:
+    """results/README.md: `python -m harness.ledger > results/README.md`."""
+    text = ["# Results", __doc__, _MORE.format(schema=SCHEMA)]
+    for model in (Context, CellRecord, Process, Samples, Memory, Block, Floor, End):
+        rows = "\n".join(_row(f.alias or name, f) for name, f in model.model_fields.items())
+        text += [f"## {model.__name__}", model.__doc__ or "", f"| field | type | what |\n|---|---|---|\n{rows}"]
+    return "\n\n".join(part.strip() for part in text) + "\n"
+
+
+def _row(name: str, f: FieldInfo) -> str:
+    kind = f.annotation.__name__ if isinstance(f.annotation, type) and not get_args(f.annotation) else str(f.annotation)
+    kind = re.sub(r"harness\.ledger\.|__main__\.", "", re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kind))
+    kind = kind.replace("None", "null").replace(" | ", " or ")
+    return f"| `{name}` | `{kind}` | {(f.description or '').replace('|', '&#124;')} |"
+
+
+_MORE = """\
+`ledger/` is the truth; everything else here, `asv/` and every report, is made from it again at any time
+(`adphys export-asv`, `adphys report`). A folder in it is a machine class: CPU model, cores, memory, GPU. Numbers of
+different classes are never compared.
+
+Every line is one JSON object without NaN or infinity; `kind` says which of the records below it is (context, cell, floor,
+end). Where an address has several cell records, the last one counts. Readers ignore fields that they do not know; what
+an existing field means changes only with `schema`, now {schema}. A cell that is not `ok` has no times.
+`harness.ledger.schema()` returns all of this as a JSON Schema."""
+
+
+if __name__ == "__main__":
+    print(readme(), end="")

@@ -41,10 +41,10 @@ def machine_class() -> str:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """(commit, whether the tree differs from it); None outside a repository."""
+    """(commit, whether what runs differs from it, new files included); None outside a repository."""
     try:
         head = _git("rev-parse", "HEAD")
-        return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
+        return head, bool(_git("status", "--porcelain", "--", "problems", "backends", "harness", "constraints.txt"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
 

@@ -8,9 +8,8 @@ from harness import PROTOCOL, ROOT, processes
 from harness.cells import Cell, backend, known_status, size_of
 from harness.ledger import CellRecord, Floor
 from harness.machine import commit, load, lock_hash, machine_class
-from harness.reference import NoReference, inputs, reference, statement_files
+from harness.reference import NoReference, Reference, inputs, reference, statement_files
 from harness.source import lines
-
 
 ENOUGH_S = 60.0
 
@@ -25,26 +24,12 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
     status, reason = known_status(cell)
     if status:
         return record(cell, began, status=status, reason=reason)
-    size = size_of(cell)
     try:
         judge = reference(cell)
     except NoReference as e:
         return record(cell, began, status=e.status if e.status in ("timeout", "oom") else "error", reason=e.reason)
     environ = backend(cell.backend).environ(cell.threads)
-    spec = {
-        "problem": cell.problem,
-        "task": cell.task,
-        "backend": cell.backend,
-        "form": cell.form,
-        "strategy": cell.strategy,
-        "size": size._asdict(),
-        "device": cell.device,
-        "dtype": cell.dtype,
-        "inputs": inputs(cell, size),
-        "budget_s": budget,
-        "least": least,
-        **vars(judge),
-    }
+    spec = _spec(cell, judge, budget, least)
     found, measured = [], 0.0
     last: dict = {}
     while len(found) < number and (not found or time.monotonic() - began < ENOUGH_S):
@@ -72,6 +57,32 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
         cpus=processes.cpus(cell.threads),
         measured_s=measured,
     )
+
+
+def attempt(cell: Cell, limit: float) -> tuple[str, str]:
+    """(status, sentence) of one call of a cell, even one whose author declares it unsupported: what a test checks him by."""
+    spec = _spec(cell, reference(cell), 0.0, 1)
+    result = processes.run("measure", spec, backend(cell.backend).environ(cell.threads), cell.threads, limit)
+    return result["status"], result["reason"]
+
+
+def _spec(cell: Cell, judge: Reference, budget: float, least: int) -> dict:
+    """What a worker is told."""
+    size = size_of(cell)
+    return {
+        "problem": cell.problem,
+        "task": cell.task,
+        "backend": cell.backend,
+        "form": cell.form,
+        "strategy": cell.strategy,
+        "size": size._asdict(),
+        "device": cell.device,
+        "dtype": cell.dtype,
+        "inputs": inputs(cell, size),
+        "budget_s": budget,
+        "least": least,
+        **vars(judge),
+    }
 
 
 def measure_floor(cell: Cell, block: str, budget: float) -> Floor:

@@ -50,7 +50,9 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
     if result is None:
         stage = found[-1]["stage"] if found else "start"
         result = _ended(ended, stage, limit, process.returncode, said)
-    return {"reason": ""} | result | {"wall_s": time.monotonic() - began}
+    reason = result.get("reason", "")
+    ends = "" if not reason or reason.endswith((".", "!", "?")) else "."
+    return result | {"reason": reason + ends, "wall_s": time.monotonic() - began}
 
 
 def cpus(threads: int) -> list[int]:

@@ -109,7 +109,7 @@ def resume() -> tuple[Writer, Context, Run]:
     """The newest unfinished run of this machine class. Raises UserError where every run has ended."""
     for path in reversed(runs()):
         run = Run(path)
-        if run.end is None and run.context:
+        if run.end is None:
             return Writer(run.context.run), run.context, run
     raise UserError("There is no unfinished run to resume on this machine; start one with adphys run.")
 

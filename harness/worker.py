@@ -40,7 +40,7 @@ def failure(e: BaseException) -> dict:
     ):
         return {"status": "oom", "reason": f"Memory ran out: {said}"}
     if type(e).__name__ in ("Invalid", "Wrong", "Diverged", "Unavailable"):
-        return {"status": type(e).__name__.lower(), "reason": str(e), **vars(e).get("result", {})}
+        return {"status": type(e).__name__.lower(), "reason": " ".join(str(e).split()), **vars(e).get("result", {})}
     return {"status": "error", "reason": said}
 
 

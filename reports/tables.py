@@ -1,0 +1,262 @@
+"""From the ledger to rows: one pandas frame with a row a cell, ratios included, and the tables that are cut from it.
+
+Ratios are of minima, and only of cells at the same task, size, device, dtype and number of threads.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import pandas as pd
+
+from harness import ROOT, UserError, cells
+from harness.ledger import CellRecord, Floor, Run, Status
+from harness.statistics import Summary, summary, timing
+from problems import Task
+from reports.words import amount, error, names, ratio, seconds
+
+SETTING = ["reference", "device", "dtype", "threads"]  # never mixed in one table or picture
+PLACE = ["task", "size", *SETTING[1:]]  # where two cells can be compared
+NOT_AD = ("adjoint", *cells.APPROXIMATE_OR_SLOW)
+HOST = ("cpu", "float64", 1)  # what the bandwidth floor is measured for
+ENOUGH = 0.8  # of the copy's rate: below it the triad is no floor
+
+COLUMNS = {
+    "way": "backend.form/strategy; the natural form of the backend goes unnamed",
+    "form": "how the code is written",
+    "status": "ok, or why there is no number; the sentence is below the table",
+    "primal": "the loss alone: median",
+    "derivative": "loss and gradient: median (quartiles)",
+    "derivative / primal": "what the gradient costs in units of this way's own loss; ratio of minima",
+    "derivative / hand adjoint": "in units of the reverse pass written by hand; ratio of minima",
+    "× floor": "in units of the bandwidth floor; ratio of minima",
+    "first call": "cold, in a fresh process: prepare, trace, compile, run",
+    "peak memory": "of one call, buffers included",
+    "error": "relative 2-norm error of the worst block of the gradient",
+    "lines": "lines of code of this way",
+}
+TEXT = ("way", "form", "status")  # the columns that are not numbers
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The bandwidth floor of a task at a size."""
+
+    seconds: float
+    triad: float  # GB/s: two arrays read, one written
+    copy: float  # GB/s: one read, one written
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as (text, number to sort by), the ok ones first and by speed; then the sentences of the others."""
+
+    size: str
+    caption: str
+    columns: list[str]
+    rows: list[list[tuple[str, Any]]]
+    notes: list[tuple[str, str]]  # ways, sentence
+    floor: str
+
+    def plain(self) -> list[list[str]]:
+        return [[text for text, _ in row] for row in self.rows]
+
+
+def known(problem: str, task: str) -> Task | None:
+    """The task in this code; None where the ledger is of another version, or the problem's file is broken."""
+    try:
+        return cells.tasks(problem).get(task) if problem in cells.problems() else None
+    except UserError:
+        return None
+
+
+def frame(runs: list[Run]) -> pd.DataFrame:
+    """One row a cell, the later record where several runs have it. Raises UserError where there is nothing to compare."""
+    contexts = [run.context for run in runs]
+    if len(machines := sorted({c.machine_class for c in contexts})) > 1:
+        raise UserError(
+            f"These ledgers are of different machines ({', '.join(machines)}), whose times cannot stand in one table; "
+            "give the ledgers of one machine class."
+        )
+    if len(protocols := sorted({str(c.protocol) for c in contexts})) > 1:
+        raise UserError(
+            f"These ledgers follow different protocols ({', '.join(protocols)}), whose numbers cannot be compared; "
+            "give the ledgers of one protocol."
+        )
+    latest: dict[str, tuple[CellRecord, str]] = {}
+    for run in sorted(runs, key=lambda r: r.context.started if r.context else ""):
+        for record in run.cells.values():
+            if record.cell not in latest or record.finished >= latest[record.cell][0].finished:
+                latest[record.cell] = record, run.context.run
+    if not latest:
+        raise UserError("There is no finished cell in the ledger yet; run `adphys run --preset quick` first.")
+    rates = floors(runs)
+    found = pd.DataFrame([_row(record, run, rates) for record, run in latest.values()])
+    hand = found[found.strategy == "adjoint"].groupby(PLACE).derivative_min_s.min().rename("adjoint_s").reset_index()
+    found = found.merge(hand, on=PLACE, how="left")
+    found["derivative_over_primal"] = found.derivative_min_s / found.primal_min_s
+    found["derivative_over_adjoint"] = found.derivative_min_s / found.adjoint_s
+    found["derivative_over_floor"] = found.derivative_min_s / found.floor_s
+    found = found.astype(dict.fromkeys(("peak_memory_bytes", "gradient_entries", "lines"), "Int64"))
+    found["_rank"] = found.status.map(get_args(Status).index)
+    order = ["task", *SETTING, "axis_value", "size", "derivative_median_s", "_rank", "way"]
+    return found.sort_values(order, na_position="last", ignore_index=True).drop(columns="_rank")
+
+
+def floors(runs: list[Run]) -> dict[tuple[str, str], Rate]:
+    """(task, size) -> the floor measured last."""
+    every = sorted((f for run in runs for f in run.floors), key=lambda f: f.finished)
+    return {(f"{f.problem}.{f.task}", f.size): _rate(f) for f in every}
+
+
+def _rate(f: Floor) -> Rate:
+    triad, copy = timing([f.triad]).minimum, timing([f.copy_]).minimum
+    return Rate(triad, 3 * f.bytes / triad / 1e9, 2 * f.bytes / copy / 1e9)
+
+
+def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> dict[str, Any]:
+    task, s = known(record.problem, record.task), summary(record)
+    axis = task.axis if task and task.axis in record.size_keys else next(iter(record.size_keys), "")
+    rate = rates.get((name := f"{record.problem}.{record.task}", record.size))
+    on_host = (record.device, record.dtype, record.threads) == HOST
+    return {
+        "cell": record.cell,
+        "problem": record.problem,
+        "task": name,
+        "known": task is not None,
+        "reference": task.reference if task else "unknown",
+        "backend": record.backend,
+        "form": record.form,
+        "strategy": record.strategy,
+        "way": record.way,
+        "size": record.size,
+        "size_keys": ",".join(f"{key}={value:.15g}" for key, value in record.size_keys.items()),
+        "axis": axis,
+        "axis_value": record.size_keys.get(axis),
+        "device": record.device,
+        "dtype": record.dtype,
+        "threads": record.threads,
+        "status": record.status,
+        "reason": re.sub(r"\s+", " ", record.reason.replace(f"{ROOT}/", "")),
+        **_times(s),
+        "peak_memory_bytes": s.memory if s else None,
+        "error": record.error,
+        "gate": record.gate,
+        "judge": record.judge,
+        "loss": record.loss,
+        "loss_error": record.loss_error,
+        "gradient_entries": sum(b.size for b in record.blocks.values()) if record.blocks else None,
+        "lines": record.lines,
+        "floor_s": rate.seconds if rate and on_host else None,
+        "processes": len(record.processes),
+        "samples": sum(len(p.derivative.wall) for p in record.processes),
+        "process_spread": _spread(record) if s else None,
+        "load1_max": max((p.load1 for p in record.processes), default=None),
+        "commit": record.commit,
+        "dirty": record.dirty,
+        "finished": record.finished,
+        "run": run,
+    }
+
+
+def _times(s: Summary | None) -> dict[str, float | None]:
+    times: dict[str, float | None] = {}
+    for what in ("derivative", "primal"):
+        for field, short in (("median", "median"), ("q1", "q1"), ("q3", "q3"), ("minimum", "min")):
+            times[f"{what}_{short}_s"] = getattr(getattr(s, what), field) if s else None
+    return times | {"first_call_s": s.first_call if s else None}
+
+
+def _spread(record: CellRecord) -> float:
+    """How far the processes' own minima lie apart, largest over smallest."""
+    minima = [min(p.derivative.wall) for p in record.processes]
+    return max(minima) / min(minima)
+
+
+def sizes(part: pd.DataFrame) -> list[str]:
+    """The sizes of one task, the largest first."""
+    order = part.drop_duplicates("size").sort_values(["axis_value", "size"], ascending=False)
+    return [str(size) for size in order["size"]]
+
+
+def shown_size(part: pd.DataFrame) -> str:
+    """The size of one task that stands for it: large where there is one, else small, tiny, the largest."""
+    have = sizes(part)
+    return next((size for size in reversed(cells.SIZES) if size in have), have[0])
+
+
+def size_title(part: pd.DataFrame) -> str:
+    """Of one task at one size: `large: N = 256, alpha = 10`."""
+    size, keys = str(part["size"].iloc[0]), str(part["size_keys"].iloc[0])
+    keys = keys.replace("=", " = ").replace(",", ", ")
+    return f"{size}: {keys}" if size in cells.SIZES else keys
+
+
+def other_keys(part: pd.DataFrame) -> pd.Series:
+    """Of one task: the size without the key on the horizontal axis."""
+    return part.size_keys.str.replace(rf"(^|,){part.axis.iloc[0]}=[^,]*", "", regex=True)
+
+
+def short_size(part: pd.DataFrame) -> str:
+    """Of one task at one size: `large, N = 256`."""
+    size, at = str(part["size"].iloc[0]), f"{part.axis.iloc[0]} = {part.axis_value.iloc[0]:g}"
+    return f"{size}, {at}" if size in cells.SIZES else at
+
+
+def table(part: pd.DataFrame, rate: Rate | None) -> Table:
+    """Of one task at one size in one setting."""
+    columns = [name for name in COLUMNS if name != "× floor" or rate]
+    notes: dict[str, list[str]] = {}
+    rows = []
+    for r in part.to_dict("records"):
+        status = r["status"]
+        if status != "ok":
+            notes.setdefault(r["reason"] or "No sentence was recorded.", []).append(r["way"])
+            status += f" [{list(notes).index(r['reason'] or 'No sentence was recorded.') + 1}]"
+        row = {
+            "way": (r["way"], None),
+            "form": (r["form"], None),
+            "status": (status, None),
+            "primal": (seconds(r["primal_median_s"]), r["primal_median_s"]),
+            "derivative": (
+                seconds(r["derivative_median_s"], r["derivative_q1_s"], r["derivative_q3_s"]),
+                r["derivative_median_s"],
+            ),
+            "derivative / primal": (ratio(r["derivative_over_primal"]), r["derivative_over_primal"]),
+            "derivative / hand adjoint": (ratio(r["derivative_over_adjoint"]), r["derivative_over_adjoint"]),
+            "× floor": (ratio(r["derivative_over_floor"]), r["derivative_over_floor"]),
+            "first call": (seconds(r["first_call_s"]), r["first_call_s"]),
+            "peak memory": (amount(r["peak_memory_bytes"]), r["peak_memory_bytes"]),
+            "error": (error(r["error"]), r["error"]),
+            "lines": (amount(r["lines"], ""), r["lines"]),
+        }
+        rows.append([(text, None if pd.isna(number) else number) for text, number in (row[name] for name in columns)])
+    return Table(
+        size_title(part),
+        _caption(part),
+        columns,
+        rows,
+        [(names(dict.fromkeys(ways)), sentence) for sentence, ways in notes.items()],
+        _floor_sentence(rate, part) if rate else "",
+    )
+
+
+def _caption(part: pd.DataFrame) -> str:
+    entries, gates, judges = part.gradient_entries.max(), part.gate.min(), sorted(part.judge.dropna().unique())
+    said = [f"gradient of {entries:,.0f} entries"] if pd.notna(entries) else []
+    said += [f"gate {gates:.0e}"] if pd.notna(gates) else []
+    said += [f"judged by {' or by '.join(judges)}"] if judges else []
+    return "; ".join(said)
+
+
+def _floor_sentence(rate: Rate, part: pd.DataFrame) -> str:
+    share = rate.triad / rate.copy
+    said = (
+        f"Bandwidth floor: one triad a = b + s c over arrays as large as the largest block takes {seconds(rate.seconds)} "
+        f"({rate.triad:.3g} GB/s, {share:.2f} of the {rate.copy:.3g} GB/s of a plain copy)."
+    )
+    if share < ENOUGH:
+        said += f" That is below {ENOUGH} of the copy: on this machine, in this run, it is no floor to trust."
+    if part.floor_s.isna().all():
+        said += " It was measured on the CPU in float64 with one thread, so nothing here is compared with it."
+    return said
