@@ -55,7 +55,7 @@ class Task:
     asks: str = "gradient"  # or jvp, hvp, jacobian
     reference: str = "discrete"  # or continuous: never both in one table
 
-    def at(self, **keys: str | float) -> Any:
+    def at(self, /, **keys: str | float) -> Any:
         """The size with these keys. Raises BadSize with one sentence: unknown key, missing key, not a number, too small."""
         fields = self.size.__annotations__
         for key in keys:

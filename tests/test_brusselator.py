@@ -1,0 +1,179 @@
+"""The Brusselator against the catalogue's reference values, against itself in other forms, and against SciPy."""
+
+from math import ceil
+
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from problems import BadSize, brusselator, gold, structure
+from problems.brusselator import Imex, Rhs, brusselator_numba
+
+H = 1e-20
+
+
+def digits(text):
+    """A printed value, and half a unit of its last digit (one whole unit: the catalogue warns of the last digit)."""
+    mantissa, _, exponent = text.partition("e")
+    return float(text), 1.01 * 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+
+
+def agrees(value, text):
+    expected, unit = digits(text)
+    assert abs(value - expected) <= unit, f"{value!r} is not {text}"
+
+
+def adjoint(task, size):
+    statement, implementation = brusselator.TASKS[task], brusselator_numba.IMPLEMENTATION[task]["loops"]
+    theta, data = statement.inputs(size)
+    work = implementation.prepare(structure(theta, data), size)
+    loss, gradient = implementation.strategies["adjoint"](theta, data, size, work)
+    assert implementation.loss(theta, data, size, work) == pytest.approx(loss, rel=1e-12)
+    return loss, gradient
+
+
+def along(task, size, block, direction, form="array"):
+    """The derivative of a form of the statement by complex step."""
+    theta, data = brusselator.TASKS[task].inputs(size)
+    z = theta | {block: theta[block] + 1j * H * direction}
+    return np.imag(brusselator.TASKS[task].forms[form](z, data, size)) / H
+
+
+@pytest.mark.parametrize(("N", "cells"), [(8, 1), (16, 7), (32, 30), (64, 127), (11, 4), (21, 12), (101, 312)])
+def test_disc(N, cells):
+    assert brusselator.disc(N).sum() == cells
+
+
+def test_rhs_reference():
+    """Of f itself by its derivative in the cotangent: v enters the loss linearly."""
+    size = Rhs(8)
+    theta, data = brusselator.rhs_inputs(size)
+
+    def f(species, i, j):
+        v = np.zeros((2, 8, 8))
+        v[species, i, j] = 1
+        return brusselator.rhs(theta, data | {"v": v}, size)
+
+    agrees(f(0, 1, 2), "-222.51745544")
+    agrees(f(1, 1, 2), "88.1085917547")
+    whole = np.array([[[f(s, i, j) for j in range(8)] for i in range(8)] for s in range(2)])
+    agrees(np.linalg.norm(whole), "3844.330597458")
+    agrees(whole[0].sum(), "7.30682253031")
+    agrees(whole[1].sum(), "-28.5018806145")
+    _, gradient = adjoint("rhs", size)
+    agrees(np.linalg.norm(gradient["u"]), "6287.230283321")
+    agrees(gradient["u"][0, 1, 2], "-489.721900728")
+    agrees(abs(gradient["A"]), "0.239156923254")  # the catalogue prints sizes here
+    agrees(abs(gradient["B"]), "0.510696599781")
+    agrees(abs(gradient["alpha"]), "23.1818170886")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "loss", "A", "B", "dalpha", "along_gold", "mean"),
+    [
+        (10, "25544.57500365", "22842.8499903", "-8581.75788228", "3.9658685569", "-5.76789140286", "0.4367675427051"),
+        (0.1, "21205.76846545", "19066.1326183", "-7405.1538107", "23762.8873575", "-14.6128223302", "0.4630494663702"),
+    ],
+)
+def test_imex_reference(alpha, loss, A, B, dalpha, along_gold, mean):
+    size = Imex(32, alpha=alpha)
+    value, gradient = adjoint("imex", size)
+    agrees(value, loss)
+    agrees(gradient["A"], A)
+    agrees(gradient["B"], B)
+    agrees(gradient["alpha"], dalpha)
+    direction = gold(2 * 32 * 32).reshape(2, 32, 32)
+    agrees(np.vdot(gradient["u0"], direction), along_gold)
+    agrees(along("imex", size, "u0", direction, "inplace"), along_gold)
+    *_, last = brusselator.imex_states(*brusselator.imex_inputs(size), size)
+    agrees(last[0].mean(), mean)
+
+
+@pytest.mark.parametrize(
+    ("task", "size"),
+    [
+        ("rhs", Rhs(8)),
+        ("rhs", Rhs(9, alpha=0.1, t=1.0)),
+        ("rhs", Rhs(3)),
+        ("imex", Imex(8, T=1.2)),
+        ("imex", Imex(7, alpha=0.1, dt=0.05)),
+        ("imex", Imex(3, dt=0.1)),
+    ],
+)
+def test_forms_and_adjoint(task, size):
+    """Three forms to 1e-13 in the loss, real and complex; every block of the adjoint against complex step."""
+    theta, data = brusselator.TASKS[task].inputs(size)
+    losses = {name: form(theta, data, size) for name, form in brusselator.TASKS[task].forms.items()}
+    value, gradient = adjoint(task, size)
+    for loss in [*losses.values(), value]:
+        assert loss == pytest.approx(losses["array"], rel=1e-13, abs=1e-11)
+    for name, block in theta.items():
+        direction = gold(block.size, 17).reshape(block.shape) + 0.25
+        expected = along(task, size, name, direction)
+        assert np.sum(gradient[name] * direction) == pytest.approx(expected, rel=1e-10)
+        assert along(task, size, name, direction, "inplace") == pytest.approx(expected, rel=1e-10)
+
+
+def test_imex_loops_complex():
+    size = Imex(3, T=1.2, dt=0.1)
+    assert along("imex", size, "alpha", 1.0, "loops") == pytest.approx(along("imex", size, "alpha", 1.0), rel=1e-11)
+
+
+def test_numba_primal_is_complex_safe():
+    size = Imex(6, T=0.2)
+    theta, data = brusselator.imex_inputs(size)
+    theta = {name: block + 0j for name, block in theta.items()}
+    theta["alpha"] = theta["alpha"] + 1j * H
+    work = brusselator_numba.imex_prepare(structure(theta, data), size)
+    value = brusselator_numba.imex(theta, data, size, work).imag / H
+    assert value == pytest.approx(along("imex", size, "alpha", 1.0), rel=1e-10)
+
+
+def test_basis_diagonalises_the_laplacian():
+    for N in (3, 4, 7, 8):
+        Q, lam = brusselator.fourier(N), brusselator.eigenvalues(N)
+        assert np.allclose(Q.T @ Q, np.eye(N), atol=1e-14)
+        u = gold(2 * N * N).reshape(2, N, N)
+        assert np.allclose(
+            brusselator.lap(u, N), Q @ ((Q.T @ u @ Q) * (lam[:, None] + lam)) @ Q.T, rtol=1e-12, atol=1e-11
+        )
+
+
+def test_imex_follows_the_ode():
+    """First order in dt towards SciPy's solution, which stops and starts again where the forcing sets in."""
+    N, alpha, T = 6, 0.1, 1.3
+
+    def f(t, u, force):
+        u = u.reshape(2, N, N)
+        return (brusselator.reaction(u, 3.4, 1.0, force) + alpha * brusselator.lap(u, N)).ravel()
+
+    u, on = brusselator.initial(N).ravel(), brusselator.FORCING * brusselator.disc(N)
+    for t0, t1, force in ((0, 1.1, 0 * on), (1.1, T, on)):
+        u = solve_ivp(f, (t0, t1), u, "LSODA", rtol=1e-9, atol=1e-9, args=(force,)).y[:, -1]
+    errors = []
+    for dt in (0.005, 0.0025):
+        size = Imex(N, T=T, alpha=alpha, dt=dt)
+        *_, last = brusselator.imex_states(*brusselator.imex_inputs(size), size)
+        errors.append(np.abs(last.ravel() - u).max())
+    assert errors[0] < 0.02
+    assert 1.8 < errors[0] / errors[1] < 2.2
+
+
+@pytest.mark.parametrize("dt", [0.005, 0.05, 0.1, 0.0275])
+def test_forcing_starts_in_a_counted_step(dt):
+    assert brusselator.clock(Imex(8, T=10 * dt, dt=dt, save=dt))[2] == ceil(round(1.1 / dt, 6)) == round(1.1 / dt)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"T": 1.25}, "T/save must be a whole number, T=1.25 and save=0.1"),
+        ({"dt": 0.03}, "save/dt must be a whole number, save=0.1 and dt=0.03"),
+        ({"dt": 0}, "dt=0.0 is not positive"),
+        ({"T": -1.5, "save": -0.1, "dt": -0.005}, "T=-1.5 is not positive"),
+        ({"N": 2}, "the least N is 3"),
+    ],
+)
+def test_bad_sizes(keys, words):
+    with pytest.raises(BadSize, match=words):
+        brusselator.TASKS["imex"].at(**({"N": 8} | keys))
