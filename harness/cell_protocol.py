@@ -1,6 +1,7 @@
 """The protocol of a cell (design: measurement, section 1): what happens inside a worker, in this order.
 
-Import, first call, correctness, calibration, samples, primal, memory, inputs intact. NumPy and the standard library only.
+Import, first call, correctness, memory (the warm-up), calibration and samples, primal, correctness again, inputs intact.
+NumPy and the standard library only.
 """
 
 import contextlib
@@ -20,7 +21,6 @@ from problems import Implementation, structure
 
 SAMPLE_S = 5e-3  # the least length of a sample (ADBench's rule: double the calls until it is measurable)
 MOST_SAMPLES = 100
-SLOW_S = 10.0  # of a first call
 
 
 class Invalid(Exception):
@@ -66,10 +66,14 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     if not spec["budget_s"]:
         return result | {"status": "ok"}
 
-    stage("samples")
     step = lambda: backend.wait(derivative(*on))  # noqa: E731 - the whole of what is timed
-    slow = first_call > SLOW_S
-    result["derivative"] = sample(step, spec["budget_s"], spec["least"] - slow, first_call)
+    stage("memory")
+    del out
+    result["memory"], out, warm = memory(step, work, backend)  # which is the warm-up too
+    check_waited(backend, step, out, warm["wall"])
+    stage("samples")
+    result["derivative"] = sample(step, spec["budget_s"], spec["least"], warm)
+    check_unchanged(backend, step() if warm["wall"] < spec["budget_s"] else out, gradient, spec)
 
     stage("primal")
     began = time.perf_counter()
@@ -81,25 +85,21 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
         raise Invalid(
             f"The primal that is timed differs from the loss of the derivative by {off:.1e}: they run different code."
         )
-    result["primal"] = sample(
-        lambda: backend.wait(primal(*on)), spec["budget_s"] / 2, spec["least"], result["primal_first_call_s"]
-    )
-    del out, value
+    call = lambda: backend.wait(primal(*on))  # noqa: E731
+    result["primal"] = sample(call, spec["budget_s"] / 2, spec["least"], once(call))
 
-    stage("memory")
-    result["memory"], out, last = memory(step, work, backend)
-    if slow:  # then trimming the heap costs nothing beside the call, and the call of this pass is a sample too
-        for name, value in last.items():
-            result["derivative"][name].append(value)
-    check_waited(backend, step, out, last["wall"])
-    check_unchanged(backend, out, gradient, spec)
+    stage("inputs")
     for name, pristine in (theta | data).items():
         if not np.array_equal(backend.get((on[0] | on[1])[name]), pristine):
             raise Invalid(f"The input {name} was changed by the call.")
     if implementation.stats:
         result["stats"] = {key: float(value) for key, value in implementation.stats(*on, size).items()}
     measured = (
-        first_call + result["primal_first_call_s"] + result["derivative"]["spent_s"] + result["primal"]["spent_s"]
+        first_call
+        + warm["wall"]
+        + result["derivative"]["spent_s"]
+        + result["primal_first_call_s"]
+        + result["primal"]["spent_s"]
     )
     return result | {
         "status": "ok",
@@ -150,8 +150,10 @@ def triad(spec: dict, stage: Callable[[str], None]) -> dict:
     stage("first call")
     kernel(a, b, 0.5, c)
     stage("samples")
-    found = sample(lambda: kernel(a, b, 0.5, c), spec["budget_s"], 10, 0.0)
-    copy = sample(lambda: np.copyto(a, b), spec["budget_s"], 10, 0.0)
+    found, copy = (
+        sample(call, spec["budget_s"], 10, once(call))
+        for call in (lambda: kernel(a, b, 0.5, c), lambda: np.copyto(a, b))
+    )
     return {"status": "ok", "triad": found, "copy": copy, "bytes": a.nbytes}
 
 
@@ -311,26 +313,40 @@ def reference_kernel(a=np.linspace(0.1, 1.0, 4096)) -> float:  # noqa: B008 - on
     return time.perf_counter() - began
 
 
-def sample(call: Callable, budget: float, least: int, once: float) -> dict:
-    """Wall and CPU seconds a call, and the reference kernel's beside them, until the budget is spent."""
+def sample(call: Callable, budget: float, least: int, warm: dict) -> dict:
+    """Wall and CPU seconds a call, and the reference kernel's beside them, until the budget is spent.
+
+    `warm` is the call that warmed up. Where it alone breaks the budget it is the first of the samples, `least` in all.
+    """
     start = time.perf_counter()
-    number = 1
-    target = max(SAMPLE_S, budget / MOST_SAMPLES)
-    if once < budget:  # a call that alone breaks the budget needs neither calibration nor more warming up
-        while (took := clock(call, number)[0]) < target:
-            number = max(2 * number, int(0.9 * number * target / max(took, 1e-7))) if took < target / 4 else 2 * number
-    wall, cpu, reference = [], [], []
+    number, took = 1, warm["wall"]
+    found: dict[str, list] = {name: [] for name in warm}
+    if took < budget:
+        target = max(SAMPLE_S, budget / MOST_SAMPLES)
+        while took < target:  # doubling (ADBench's rule), but near to the target at once
+            number = max(2 * number, int(number * target / max(took, 1e-7) / 4))
+            took = clock(call, number)[0]
+    else:
+        found = {name: [value] for name, value in warm.items()}
     gc.collect()
     gc.disable()
     try:
-        while len(wall) < least or (len(wall) < MOST_SAMPLES and time.perf_counter() - start < budget):
-            reference.append(round(reference_kernel(), 9))
-            w, c = clock(call, number)
-            wall.append(float(f"{w / number:.6g}"))
-            cpu.append(float(f"{c / number:.6g}"))
+        while len(found["wall"]) < least or (
+            took < budget > time.perf_counter() - start and len(found["wall"]) < MOST_SAMPLES
+        ):
+            for name, value in once(call, number).items():
+                found[name].append(value)
     finally:
         gc.enable()
-    return {"number": number, "wall": wall, "cpu": cpu, "reference": reference, "spent_s": time.perf_counter() - start}
+    return found | {"number": number, "spent_s": time.perf_counter() - start}
+
+
+def once(call: Callable, number: int = 1) -> dict:
+    """One sample: the reference kernel, then seconds a call of `number` calls."""
+    reference = reference_kernel()
+    wall, cpu = clock(call, number)
+    digits = lambda t: float(f"{t:.6g}")  # noqa: E731 - the clock has no more, and the ledger keeps them all
+    return {"wall": digits(wall / number), "cpu": digits(cpu / number), "reference": digits(reference)}
 
 
 def clock(call: Callable, number: int) -> tuple[float, float]:
@@ -354,10 +370,9 @@ def memory(step: Callable, work: Any, backend: Any) -> tuple[dict, Any, dict]:
             f.write("5")  # resets the high-water mark
         before = status_bytes("VmRSS")
     out = []
-    wall, cpu = clock(lambda: out.append(step()), 1)
+    found = once(lambda: out.append(step()))
     peak = None if before is None else status_bytes("VmHWM") - before
-    found = {"peak": peak, "work": held(work), "device": backend.device_memory()}
-    return found, out[0], {"wall": wall, "cpu": cpu, "reference": reference_kernel()}
+    return {"peak": peak, "work": held(work), "device": backend.device_memory()}, out[0], found
 
 
 def status_bytes(key: str) -> int:
