@@ -1,0 +1,375 @@
+"""A valley glacier: shallow ice approximation, its fluidity a neural network of the temperature.
+
+    H_t = div(D grad S)    S = B + H    D = 2 A (rho g)^3 / 5 H^5 |grad S|^2    (Glen's n = 3; no sliding, no snow)
+    A = A_MIN + (A_MAX - A_MIN) NN((T + 25) / 26)    NN: 1-3-10-3-1, three times softplus, then sigmoid
+
+Units: m, yr, Pa, degrees Celsius, A in 1 / (yr Pa^3); rho = 900, g = 9.81. The box is 12.8 km wide, dx = 12800 / N,
+nodes are the centres of N x N cells, x along the first index. Bed B = 3200 - 0.08 x + 400 ((y - 6400) / 6400)^2, ice
+H0 = max(0, 200 (1 - ((x - 5600) / 4000)^2 - ((y - 6400) / 2400)^2)).
+
+The scheme is that of Huginn and ODINN (github.com/ODINN-SciML). With Hc = max(H, 0): slopes of S on edges, D on
+corners from averaged slopes and thickness, |grad S|^2 = gx^2 + gy^2 + 1e-10. Before it multiplies the averaged D, the
+slope on an edge is capped by Hc / dx upstream. Nothing moves on the boundary. Time: SSPRK3 (Shu and Osher 1988), spy
+steps a year. Off the glacier H is exactly 0, where max(H, 0) has no derivative. Here it is 0: write where(H > 0, H, 0).
+A cap that binds takes the whole derivative, one that does not takes none: where(e < lo, lo, e), never a clip that
+halves it at a tie.
+
+Tasks
+    rhs    H_t at H0 with A = A0 exp(lnA), loss = <v, H_t> with v = gold(N^2): one vjp of the right-hand side.
+    ude    the network's 83 weights from 9 temperatures: yearly snapshots of 9 glaciers against those of
+           A_fake = A_MIN + (A_MAX - A_MIN) ((T + 25) / 26)^2, mean square difference.
+
+What they ask of AD: the thread's hard example, where its two worlds meet. Scratch buffers and interior slices written
+in place, branches on the data and fifth powers (D spans eleven decades, A is 1e-17) in one function with a network, and
+a long loop whose every stage the reverse pass wants again.
+"""
+
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+
+from problems import Task, gold
+
+BOX = 12800.0  # m
+RHO_G = 900.0 * 9.81  # Pa / m
+EPS = 1e-10  # keeps |grad S|^2 off 0
+A_MIN, A_MAX = 8.5e-20, 8e-17  # 1 / (yr Pa^3)
+TEMPERATURES = (0.0, -2.0, -3.0, -5.0, -10.0, -12.0, -14.0, -15.0, -20.0)  # degrees Celsius
+LAYERS = (1, 3, 10, 3, 1)
+
+
+class Rhs(NamedTuple):
+    N: int
+    A: float = 4e-17
+
+
+class Ude(NamedTuple):
+    N: int
+    years: int = 5
+    spy: int = 0  # steps a year; 0: ceil(12 (N / 32)^2), about half of what is stable
+
+
+def steps_a_year(size):
+    return size.spy or ceil(12 * (size.N / 32) ** 2)
+
+
+def valley(N):
+    """Bed and ice, B and H0, each (N, N)."""
+    x = (np.arange(N) + 0.5) * (BOX / N)
+    x, y = x[:, None], x[None, :]
+    B = 3200 - 0.08 * x + 400 * ((y - 6400) / 6400) ** 2
+    return B, np.maximum(0, 200 * (1 - ((x - 5600) / 4000) ** 2 - ((y - 6400) / 2400) ** 2))
+
+
+def rhs_inputs(size):
+    B, H0 = valley(size.N)
+    return {"H": H0, "lnA": np.array(0.0)}, {"B": B, "v": gold(size.N**2).reshape(size.N, size.N)}
+
+
+def weights():
+    """W1, b1, ..., W4, b4: 83 weights out of 2 gold(83), layer by layer, W is (out, in)."""
+    theta, flat, k = {}, 2 * gold(83), 0
+    for layer in range(1, len(LAYERS)):
+        out, into = LAYERS[layer], LAYERS[layer - 1]
+        theta[f"W{layer}"] = flat[k : k + out * into].reshape(out, into)
+        theta[f"b{layer}"] = flat[k + out * into : k + out * into + out]
+        k += out * into + out
+    return theta
+
+
+def ude_inputs(size):
+    B, H0 = valley(size.N)
+    T = np.array(TEMPERATURES)
+    A_fake = A_MIN + (A_MAX - A_MIN) * ((T + 25) / 26) ** 2
+    Href = snapshots_inplace(A_fake, B, H0, size)
+    return weights(), {"B": B, "H0": H0, "Href": Href, "T": T}
+
+
+# array: whole arrays, functional; leading axes are a batch
+
+
+def avg_x(a):
+    return 0.5 * (a[..., 1:, :] + a[..., :-1, :])
+
+
+def avg_y(a):
+    return 0.5 * (a[..., 1:] + a[..., :-1])
+
+
+def diff_x(a):
+    return a[..., 1:, :] - a[..., :-1, :]
+
+
+def diff_y(a):
+    return a[..., 1:] - a[..., :-1]
+
+
+def cap(e, lo, hi):
+    return np.where(e.real < lo.real, lo, np.where(e.real > hi.real, hi, e))
+
+
+def sia(H, B, A, dx):
+    """H_t of the shallow ice approximation, (..., N, N); A is a number or (..., 1, 1)."""
+    Hc = np.where(H.real > 0, H, 0)
+    S = B + Hc
+    dSx, dSy = diff_x(S) / dx, diff_y(S) / dx  # (N-1, N), (N, N-1): edges
+    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))  # (N-1, N-1): corners
+    Hb2 = Hb * Hb
+    D = (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+    cx, cy = Hc[..., 1:-1] / dx, Hc[..., 1:-1, :] / dx
+    ex = cap(dSx[..., 1:-1], -cx[..., :-1, :], cx[..., 1:, :])  # (N-1, N-2)
+    ey = cap(dSy[..., 1:-1, :], -cy[..., :-1], cy[..., 1:])  # (N-2, N-1)
+    Fx, Fy = -avg_y(D) * ex, -avg_x(D) * ey
+    return pad(-(diff_x(Fx) + diff_y(Fy)) / dx)
+
+
+def pad(a):
+    """Nothing moves on the boundary."""
+    return np.pad(a, [(0, 0)] * (a.ndim - 2) + [(1, 1), (1, 1)])
+
+
+def rhs(theta, data, size):
+    A = size.A * np.exp(theta["lnA"])
+    return np.sum(data["v"] * sia(theta["H"], data["B"], A, BOX / size.N))
+
+
+def softplus(z):
+    return np.log1p(np.exp(z))
+
+
+def fluidity(theta, T):
+    """A of every temperature."""
+    z = ((T + 25) / 26)[None]  # (1, temperatures)
+    z = softplus(theta["W1"] @ z + theta["b1"][:, None])
+    z = softplus(theta["W2"] @ z + theta["b2"][:, None])
+    z = softplus(theta["W3"] @ z + theta["b3"][:, None])
+    z = theta["W4"] @ z + theta["b4"][:, None]
+    return A_MIN + (A_MAX - A_MIN) / (1 + np.exp(-z[0]))
+
+
+def step(H, B, A, dx, dt):
+    """SSPRK3."""
+    H1 = H + dt * sia(H, B, A, dx)
+    H2 = 0.75 * H + 0.25 * (H1 + dt * sia(H1, B, A, dx))
+    return (H + 2 * (H2 + dt * sia(H2, B, A, dx))) / 3
+
+
+def ude(theta, data, size):
+    B, H0, Href = data["B"], data["H0"], data["Href"]
+    A = fluidity(theta, data["T"])[:, None, None]
+    H = np.broadcast_to(H0, Href.shape[1:])  # (temperatures, N, N)
+    spy, loss = steps_a_year(size), 0.0
+    for year in range(size.years):
+        for _ in range(spy):
+            H = step(H, B, A, BOX / size.N, 1 / spy)
+        loss = loss + np.sum((H - Href[year]) ** 2)
+    return loss / Href.size
+
+
+# inplace: slices and buffers mutated
+
+
+class Buffers:
+    """What one right-hand side scribbles on."""
+
+    def __init__(self, N, dtype):
+        self.Hc, self.S = np.empty((N, N), dtype), np.empty((N, N), dtype)
+        self.dSx, self.dSy = np.empty((N - 1, N), dtype), np.empty((N, N - 1), dtype)
+        self.gx, self.gy = np.empty((N - 1, N - 1), dtype), np.empty((N - 1, N - 1), dtype)
+        self.D, self.Hb = np.empty((N - 1, N - 1), dtype), np.empty((N - 1, N - 1), dtype)
+        self.Fx, self.Fy = np.empty((N - 1, N - 2), dtype), np.empty((N - 2, N - 1), dtype)
+        self.dH, self.H, self.H1 = np.zeros((N, N), dtype), np.empty((N, N), dtype), np.empty((N, N), dtype)
+
+
+def cap_inplace(e, lo, hi):
+    np.copyto(e, lo, where=e.real < lo.real)
+    np.copyto(e, hi, where=e.real > hi.real)
+
+
+def sia_inplace(w, H, B, A, dx):
+    """w.dH = H_t."""
+    w.Hc[:] = 0
+    np.copyto(w.Hc, H, where=H.real > 0)
+    np.add(B, w.Hc, out=w.S)
+    np.subtract(w.S[1:], w.S[:-1], out=w.dSx)
+    np.subtract(w.S[:, 1:], w.S[:, :-1], out=w.dSy)
+    w.dSx /= dx
+    w.dSy /= dx
+    np.add(w.dSx[:, 1:], w.dSx[:, :-1], out=w.gx)
+    np.add(w.dSy[1:], w.dSy[:-1], out=w.gy)
+    w.gx *= 0.5
+    w.gy *= 0.5
+    w.gx *= w.gx
+    w.gy *= w.gy
+    w.gx += w.gy
+    w.gx += EPS
+    np.add(w.Hc[1:, 1:], w.Hc[1:, :-1], out=w.Hb)
+    w.Hb += w.Hc[:-1, 1:]
+    w.Hb += w.Hc[:-1, :-1]
+    w.Hb *= 0.25
+    np.multiply(w.Hb, w.Hb, out=w.D)
+    w.D *= w.D
+    w.D *= w.Hb
+    w.D *= 0.4 * RHO_G**3 * A
+    w.D *= w.gx
+    w.Hc /= dx
+    ex, ey = w.dSx[:, 1:-1], w.dSy[1:-1]
+    cap_inplace(ex, -w.Hc[:-1, 1:-1], w.Hc[1:, 1:-1])
+    cap_inplace(ey, -w.Hc[1:-1, :-1], w.Hc[1:-1, 1:])
+    np.add(w.D[:, 1:], w.D[:, :-1], out=w.Fx)
+    np.add(w.D[1:], w.D[:-1], out=w.Fy)
+    w.Fx *= ex
+    w.Fy *= ey
+    dH = w.dH[1:-1, 1:-1]  # the boundary stays 0
+    np.subtract(w.Fx[1:], w.Fx[:-1], out=dH)
+    dH += w.Fy[:, 1:]
+    dH -= w.Fy[:, :-1]
+    dH *= 0.5 / dx
+
+
+def rhs_inplace(theta, data, size):
+    H, A = theta["H"], size.A * np.exp(theta["lnA"])
+    w = Buffers(size.N, np.result_type(H, A))
+    sia_inplace(w, H, data["B"], A, BOX / size.N)
+    w.dH *= data["v"]
+    return w.dH.sum()
+
+
+def snapshots_inplace(A, B, H0, size):
+    """H at the end of every year at every A, (years, temperatures, N, N)."""
+    N, spy = size.N, steps_a_year(size)
+    w = Buffers(N, np.result_type(A, H0))
+    H, H1, dH, dx, dt = w.H, w.H1, w.dH, BOX / N, 1 / spy
+    out = np.empty((size.years, len(A), N, N), H.dtype)
+    for k in range(len(A)):
+        H[:] = H0
+        for year in range(size.years):
+            for _ in range(spy):
+                sia_inplace(w, H, B, A[k], dx)
+                dH *= dt
+                np.add(H, dH, out=H1)
+                sia_inplace(w, H1, B, A[k], dx)
+                dH *= dt
+                H1 += dH
+                H1 *= 0.25
+                np.multiply(H, 0.75, out=w.S)
+                H1 += w.S
+                sia_inplace(w, H1, B, A[k], dx)
+                dH *= dt
+                H1 += dH
+                H1 *= 2
+                H += H1
+                H /= 3
+            out[year, k] = H
+    return out
+
+
+def ude_inplace(theta, data, size):
+    A = fluidity(theta, data["T"])
+    H = snapshots_inplace(A, data["B"], data["H0"], size)
+    H -= data["Href"]
+    H *= H
+    return H.sum() / H.size
+
+
+# loops: scalar loops, mutated
+
+
+def capped(e, lo, hi):
+    return lo if e.real < lo.real else hi if e.real > hi.real else e
+
+
+def sia_loops(dH, S, D, Fx, Fy, H, B, A, dx):
+    """dH = H_t inside; S (N,N), D (N-1,N-1), Fx (N-1,N), Fy (N,N-1) are scratch."""
+    N = len(H)
+    for i in range(N):
+        for j in range(N):
+            S[i, j] = B[i, j] + (H[i, j] if H[i, j].real > 0 else 0)
+    for i in range(N - 1):
+        for j in range(N - 1):
+            gx = (S[i + 1, j] - S[i, j] + S[i + 1, j + 1] - S[i, j + 1]) / (2 * dx)
+            gy = (S[i, j + 1] - S[i, j] + S[i + 1, j + 1] - S[i + 1, j]) / (2 * dx)
+            Hb = 0.0
+            for h in (H[i, j], H[i + 1, j], H[i, j + 1], H[i + 1, j + 1]):
+                if h.real > 0:
+                    Hb += 0.25 * h
+            D[i, j] = 0.4 * RHO_G**3 * A * (Hb * Hb * Hb * Hb * Hb) * (gx * gx + gy * gy + EPS)
+    for i in range(N - 1):
+        for j in range(1, N - 1):
+            lo = -H[i, j] if H[i, j].real > 0 else 0.0
+            hi = H[i + 1, j] if H[i + 1, j].real > 0 else 0.0
+            Fx[i, j] = -(D[i, j - 1] + D[i, j]) / 2 * capped(S[i + 1, j] - S[i, j], lo, hi) / dx
+    for i in range(1, N - 1):
+        for j in range(N - 1):
+            lo = -H[i, j] if H[i, j].real > 0 else 0.0
+            hi = H[i, j + 1] if H[i, j + 1].real > 0 else 0.0
+            Fy[i, j] = -(D[i - 1, j] + D[i, j]) / 2 * capped(S[i, j + 1] - S[i, j], lo, hi) / dx
+    for i in range(1, N - 1):
+        for j in range(1, N - 1):
+            dH[i, j] = (Fx[i - 1, j] - Fx[i, j] + Fy[i, j - 1] - Fy[i, j]) / dx
+
+
+def scratch(N, dtype):
+    """dH, S, D, Fx, Fy."""
+    return [np.zeros(s, dtype) for s in ((N, N), (N, N), (N - 1, N - 1), (N - 1, N), (N, N - 1))]
+
+
+def rhs_loops(theta, data, size):
+    H, A, v, N = theta["H"], size.A * np.exp(theta["lnA"]), data["v"], size.N
+    w = scratch(N, np.result_type(H, A))
+    sia_loops(*w, H, data["B"], A, BOX / N)
+    dH, loss = w[0], 0.0
+    for i in range(N):
+        for j in range(N):
+            loss += v[i, j] * dH[i, j]
+    return loss
+
+
+def ude_loops(theta, data, size):
+    B, H0, Href = data["B"], data["H0"], data["Href"]
+    A = fluidity(theta, data["T"])
+    N, spy, loss = size.N, steps_a_year(size), 0.0
+    dx, dt, cells = BOX / N, 1 / spy, [(i, j) for i in range(N) for j in range(N)]
+    w = scratch(N, np.result_type(A, H0))
+    dH, H, H1 = w[0], np.empty_like(w[0]), np.empty_like(w[0])
+    for k in range(len(A)):
+        H[:] = H0
+        for year in range(size.years):
+            for _ in range(spy):
+                sia_loops(*w, H, B, A[k], dx)
+                for i, j in cells:
+                    H1[i, j] = H[i, j] + dt * dH[i, j]
+                sia_loops(*w, H1, B, A[k], dx)
+                for i, j in cells:
+                    H1[i, j] = 0.75 * H[i, j] + 0.25 * (H1[i, j] + dt * dH[i, j])
+                sia_loops(*w, H1, B, A[k], dx)
+                for i, j in cells:
+                    H[i, j] = (H[i, j] + 2 * (H1[i, j] + dt * dH[i, j])) / 3
+            for i, j in cells:
+                d = H[i, j] - Href[year, k, i, j]
+                loss += d * d
+    return loss / Href.size
+
+
+TASKS = {
+    "rhs": Task(
+        size=Rhs,
+        sizes={"tiny": Rhs(16), "small": Rhs(64), "large": Rhs(256)},
+        inputs=rhs_inputs,
+        forms={"array": rhs, "inplace": rhs_inplace, "loops": rhs_loops},
+        gate=1e-10,
+        gate32=2.8e-4,
+        lower={"N": 4},
+        floor="H",
+    ),
+    "ude": Task(
+        size=Ude,
+        sizes={"tiny": Ude(16), "small": Ude(32), "large": Ude(64)},
+        inputs=ude_inputs,
+        forms={"array": ude, "inplace": ude_inplace, "loops": ude_loops},
+        gate=1e-8,
+        gate32=2.8e-4,
+        lower={"N": 4, "spy": 0},
+    ),
+}

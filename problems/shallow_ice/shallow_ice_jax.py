@@ -1,0 +1,98 @@
+"""The valley glacier in JAX: whole arrays, functional; the temperatures are a leading axis, time is a scan."""
+
+import jax
+import jax.numpy as jnp
+
+from problems import Implementation
+from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, steps_a_year
+
+
+def avg_x(a):
+    return 0.5 * (a[..., 1:, :] + a[..., :-1, :])
+
+
+def avg_y(a):
+    return 0.5 * (a[..., 1:] + a[..., :-1])
+
+
+def diff_x(a):
+    return a[..., 1:, :] - a[..., :-1, :]
+
+
+def diff_y(a):
+    return a[..., 1:] - a[..., :-1]
+
+
+def cap(e, lo, hi):
+    return jnp.where(e < lo, lo, jnp.where(e > hi, hi, e))  # jnp.clip halves the derivative at a tie
+
+
+def sia(H, B, A, dx):
+    """H_t of the shallow ice approximation, (..., N, N); A is a number or (..., 1, 1)."""
+    Hc = jnp.where(H > 0, H, 0)
+    S = B + Hc
+    dSx, dSy = diff_x(S) / dx, diff_y(S) / dx  # (N-1, N), (N, N-1): edges
+    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))  # (N-1, N-1): corners
+    D = (0.4 * RHO_G**3) * A * Hb**5 * (gx * gx + gy * gy + EPS)
+    cx, cy = Hc[..., 1:-1] / dx, Hc[..., 1:-1, :] / dx
+    ex = cap(dSx[..., 1:-1], -cx[..., :-1, :], cx[..., 1:, :])  # (N-1, N-2)
+    ey = cap(dSy[..., 1:-1, :], -cy[..., :-1], cy[..., 1:])  # (N-2, N-1)
+    Fx, Fy = -avg_y(D) * ex, -avg_x(D) * ey
+    return pad(-(diff_x(Fx) + diff_y(Fy)) / dx)
+
+
+def pad(a):
+    """Nothing moves on the boundary."""
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(1, 1), (1, 1)])
+
+
+def rhs(theta, data, size):
+    A = size.A * jnp.exp(theta["lnA"])
+    return jnp.sum(data["v"] * sia(theta["H"], data["B"], A, BOX / size.N))
+
+
+def fluidity(theta, T):
+    """A of every temperature."""
+    z = ((T + 25) / 26)[None]  # (1, temperatures)
+    z = jax.nn.softplus(theta["W1"] @ z + theta["b1"][:, None])
+    z = jax.nn.softplus(theta["W2"] @ z + theta["b2"][:, None])
+    z = jax.nn.softplus(theta["W3"] @ z + theta["b3"][:, None])
+    z = theta["W4"] @ z + theta["b4"][:, None]
+    return A_MIN + (A_MAX - A_MIN) * jax.nn.sigmoid(z[0])
+
+
+def step(H, B, A, dx, dt):
+    """SSPRK3."""
+    H1 = H + dt * sia(H, B, A, dx)
+    H2 = 0.75 * H + 0.25 * (H1 + dt * sia(H1, B, A, dx))
+    return (H + 2 * (H2 + dt * sia(H2, B, A, dx))) / 3
+
+
+def ude(theta, data, size, remat=lambda f: f):
+    B, H0, Href = data["B"], data["H0"], data["Href"]
+    A = fluidity(theta, data["T"])[:, None, None]
+    spy = steps_a_year(size)
+
+    @remat
+    def step_once(H, _):
+        return step(H, B, A, BOX / size.N, 1 / spy), None
+
+    @remat
+    def year(H, Href):
+        H, _ = jax.lax.scan(step_once, H, length=spy)
+        return H, jnp.sum((H - Href) ** 2)
+
+    H = jnp.broadcast_to(H0, Href.shape[1:])  # (temperatures, N, N)
+    return jnp.sum(jax.lax.scan(year, H, Href)[1]) / Href.size
+
+
+def ude_checkpoint(theta, data, size):
+    """Keeps the state of every year and, within one year, of every step: at N = 32, 4 MB for the tape's 160. The years
+    alone: 29 MB, 1.17 times faster."""
+    return ude(theta, data, size, remat=jax.checkpoint)
+
+
+IMPLEMENTATION = {
+    "rhs": {"array": Implementation(rhs)},
+    "ude": {"array": Implementation(ude, strategies={"checkpoint": ude_checkpoint})},
+}

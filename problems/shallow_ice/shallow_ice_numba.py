@@ -1,0 +1,339 @@
+"""The valley glacier in Numba: scalar loops, and the discrete adjoint by hand.
+
+All lengths and constants go into two numbers. With h the sum of the four thicknesses around a corner and a, b the sums
+of two differences of S across it, K = c h^5 (a^2 + b^2 + eps) is D / (2 dx^2), and H_t the sum of (K + K') e over the
+four edges of a node, e the capped difference of S. The adjoint goes by corners, as one assembles finite elements: each
+hands something to its four nodes. What goes to the next row is kept in a row of scratch, what goes to the next column
+in a scalar, which LLVM turns into a shuffle: one pass over the fields, and the inner loops are SIMD. For that they say
+min and max, not if (1.4 times faster): a tie of min and max has no derivative to halve here, and the adjoint says if.
+
+The network is pulled out: A is one number a temperature, so the long loop returns dL/dlnA, and the weights come after.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from problems import Implementation
+from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, LAYERS, RHO_G, steps_a_year
+
+
+def scales(size, dtype):
+    """c / A a year, and eps, of the module's docstring."""
+    dx = BOX / size.N
+    return dtype.type(0.4 * RHO_G**3 / (4**5 * 4 * dx**2 * 2 * dx**2)), dtype.type(4 * dx**2 * EPS)
+
+
+@njit(fastmath=True)
+def sia(X, B, c, eps, p, P, q, out, Ks, Fs):
+    """out = p P + q X + H_t at X; Ks and Fs (N) are scratch."""
+    N = X.shape[0]
+    zero = X.dtype.type(0)
+    for j in range(N):
+        Ks[j] = Fs[j] = zero
+    for i in range(N - 1):
+        X0, X1, B0, B1, P0, out0 = X[i], X[i + 1], B[i], B[i + 1], P[i], out[i]
+        K, Fy = zero, zero
+        for j in range(N - 1):
+            h00, h01, h10, h11 = max(X0[j], zero), max(X0[j + 1], zero), max(X1[j], zero), max(X1[j + 1], zero)
+            S00, S01, S10, S11 = B0[j] + h00, B0[j + 1] + h01, B1[j] + h10, B1[j + 1] + h11
+            x, y = S10 - S00, S01 - S00
+            a, b, h = x + (S11 - S01), y + (S11 - S10), (h00 + h10) + (h01 + h11)
+            h2 = h * h
+            west, K = K, c * (h2 * h2) * h * (a * a + b * b + eps)
+            Fx = (west + K) * max(-h00, min(x, h10))
+            south, Fy = Fy, (Ks[j] + K) * max(-h00, min(y, h01))
+            out0[j] = p * P0[j] + q * X0[j] + ((Fx - Fs[j]) + (Fy - south))
+            Ks[j] = K
+            Fs[j] = Fx
+        out0[0] = p * P0[0] + q * X0[0]  # nothing moves on the boundary
+        out0[N - 1] = p * P0[N - 1] + q * X0[N - 1]
+    for i in (0, N - 1):
+        for j in range(N):
+            out[i, j] = p * P[i, j] + q * X[i, j]
+
+
+@njit(fastmath=True)
+def sia_vjp(X, B, w, c, eps, q, out, ws, rest):
+    """out = q w + J^T w and <w, H_t> at X, J the Jacobian of H_t; ws (2, N) and rest (N) are scratch."""
+    N = X.shape[0]
+    zero, five = X.dtype.type(0), X.dtype.type(5)
+    value = zero
+    for j in range(N):
+        ws[0, j] = ws[1, j] = rest[j] = zero
+    for i in range(N - 1):
+        X0, X1, B0, B1, wi, out0 = X[i], X[i + 1], B[i], B[i + 1], w[i], out[i]
+        w0, w1 = ws[i % 2], ws[1 - i % 2]  # w inside, 0 on the boundary
+        for j in range(1, N - 1):
+            w1[j] = w[i + 1, j] if i + 2 < N else zero
+        west01, west11 = zero, zero
+        for j in range(N - 1):
+            h00, h01, h10, h11 = max(X0[j], zero), max(X0[j + 1], zero), max(X1[j], zero), max(X1[j + 1], zero)
+            S00, S01, S10, S11 = B0[j] + h00, B0[j + 1] + h01, B1[j] + h10, B1[j + 1] + h11
+            x0, x1, y0, y1 = S10 - S00, S11 - S01, S01 - S00, S11 - S10
+            wx0, wx1, wy0, wy1 = w0[j] - w1[j], w0[j + 1] - w1[j + 1], w0[j] - w0[j + 1], w1[j] - w1[j + 1]
+            a, b, h = x0 + x1, y0 + y1, (h00 + h10) + (h01 + h11)
+            g, h2 = a * a + b * b + eps, h * h
+            ch4 = c * (h2 * h2)
+            K = ch4 * h * g
+            Kb = wx0 * max(-h00, min(x0, h10)) + wx1 * max(-h01, min(x1, h11))
+            Kb += wy0 * max(-h00, min(y0, h01)) + wy1 * max(-h10, min(y1, h11))
+            value += Kb * K
+            Kbch4 = Kb * ch4
+            hb, t = five * g * Kbch4, (h + h) * Kbch4
+            ab, bb = t * a, t * b
+            # an edge hands K w to either end, except to the one that a binding cap has cut off
+            r00 = hb - ab - bb - K * ((zero if x0 > h10 else wx0) + (zero if y0 > h01 else wy0))
+            r10 = hb + ab - bb + K * ((zero if x0 < -h00 else wx0) - (zero if y1 > h11 else wy1))
+            r01 = hb - ab + bb + K * ((zero if y0 < -h00 else wy0) - (zero if x1 > h11 else wx1))
+            r11 = hb + ab + bb + K * ((zero if x1 < -h01 else wx1) + (zero if y1 < -h10 else wy1))
+            Xb = rest[j] + r00 + west01
+            out0[j] = q * wi[j] + (Xb if h00 > 0 else zero)
+            rest[j] = r10 + west11
+            west01, west11 = r01, r11
+        out0[N - 1] = q * wi[N - 1] + (rest[N - 1] + west01 if X0[N - 1] > 0 else zero)
+        rest[N - 1] = west11
+    for j in range(N):
+        out[N - 1, j] = q * w[N - 1, j] + (rest[j] if X[N - 1, j] > 0 else zero)
+    return value
+
+
+# rhs
+
+
+class RhsWork(NamedTuple):
+    c: float  # at lnA = 0
+    eps: float
+    dH: np.ndarray  # (N, N)
+    Hb: np.ndarray  # (N, N): its own, so that a primal call leaves the gradient alone
+    rows: np.ndarray  # (3, N)
+
+
+def rhs_prepare(structure, size):
+    N, dtype = size.N, structure["H"].dtype
+    unit, eps = scales(size, dtype)
+    return RhsWork(dtype.type(unit * size.A), eps, *(np.empty(shape, dtype) for shape in ((N, N), (N, N), (3, N))))
+
+
+@njit(fastmath=True)
+def rhs_kernel(H, lnA, B, v, c, eps, dH, rows):
+    zero = H.dtype.type(0)
+    sia(H, B, c * np.exp(lnA[()]), eps, zero, H, zero, dH, rows[0], rows[1])
+    loss = zero
+    for i in range(len(H)):
+        for j in range(len(H)):
+            loss += v[i, j] * dH[i, j]
+    return loss
+
+
+@njit(fastmath=True)
+def rhs_vjp_kernel(H, lnA, B, v, c, eps, Hb, rows):
+    return sia_vjp(H, B, v, c * np.exp(lnA[()]), eps, H.dtype.type(0), Hb, rows[:2], rows[2])
+
+
+def rhs(theta, data, size, work):
+    return rhs_kernel(theta["H"], theta["lnA"], data["B"], data["v"], work.c, work.eps, work.dH, work.rows)
+
+
+def rhs_adjoint(theta, data, size, work):
+    loss = rhs_vjp_kernel(theta["H"], theta["lnA"], data["B"], data["v"], work.c, work.eps, work.Hb, work.rows)
+    return loss, {"H": work.Hb, "lnA": loss}  # H_t is linear in A
+
+
+# ude
+
+
+@njit(fastmath=True)
+def dense(W, b, x, y):
+    for o in range(W.shape[0]):
+        y[o] = b[o]
+        for i in range(W.shape[1]):
+            y[o] += W[o, i] * x[i]
+
+
+@njit(fastmath=True)
+def dense_vjp(W, x, yb, Wb, bb, xb):
+    """Adds to Wb and bb, sets xb."""
+    xb[:] = 0
+    for o in range(W.shape[0]):
+        bb[o] += yb[o]
+        for i in range(W.shape[1]):
+            Wb[o, i] += yb[o] * x[i]
+            xb[i] += yb[o] * W[o, i]
+
+
+@njit(fastmath=True)
+def softplus(z):
+    for i in range(len(z)):
+        z[i] = np.log1p(np.exp(z[i]))
+
+
+@njit(fastmath=True)
+def softplus_vjp(y, yb):
+    """From the value y alone: the derivative is 1 - exp(-y)."""
+    for i in range(len(y)):
+        yb[i] *= -np.expm1(-y[i])
+
+
+@njit(fastmath=True)
+def network(theta, T, z):
+    """z[4] = sigmoid of the last layer; z[0], ..., z[4] are the values of all layers."""
+    W1, b1, W2, b2, W3, b3, W4, b4 = theta
+    z[0][0] = (T + 25) / 26
+    dense(W1, b1, z[0], z[1])
+    softplus(z[1])
+    dense(W2, b2, z[1], z[2])
+    softplus(z[2])
+    dense(W3, b3, z[2], z[3])
+    softplus(z[3])
+    dense(W4, b4, z[3], z[4])
+    z[4][0] = 1 / (1 + np.exp(-z[4][0]))
+    return z[4][0]
+
+
+@njit(fastmath=True)
+def network_vjp(theta, z, zb, thetab):
+    """Adds to thetab; zb[4] is the cotangent of the output."""
+    W1, b1, W2, b2, W3, b3, W4, b4 = theta
+    W1b, b1b, W2b, b2b, W3b, b3b, W4b, b4b = thetab
+    zb[4][0] *= z[4][0] * (1 - z[4][0])
+    dense_vjp(W4, z[3], zb[4], W4b, b4b, zb[3])
+    softplus_vjp(z[3], zb[3])
+    dense_vjp(W3, z[2], zb[3], W3b, b3b, zb[2])
+    softplus_vjp(z[2], zb[2])
+    dense_vjp(W2, z[1], zb[2], W2b, b2b, zb[1])
+    softplus_vjp(z[1], zb[1])
+    dense_vjp(W1, z[0], zb[1], W1b, b1b, zb[0])
+
+
+SSPRK3 = [[0, 1], [3 / 4, 1 / 4], [1 / 3, 2 / 3]]  # stage s: X[s + 1] = p X[0] + q (X[s] + dt H_t(X[s]))
+
+
+class UdeWork(NamedTuple):
+    unit: float
+    eps: float
+    A_span: np.ndarray  # A_MIN, A_MAX - A_MIN
+    ssp: np.ndarray  # (3, 2)
+    X: np.ndarray  # (stages + 1, N, N): one temperature's trajectory
+    L: np.ndarray  # (4, N, N): one step's states, or what the loss changes by with each of them
+    rows: np.ndarray  # (3, N)
+    z: tuple  # the values in the network
+    zb: tuple
+    flat: np.ndarray  # (83,): the gradient
+    thetab: tuple  # its blocks
+
+
+def ude_prepare(structure, size):
+    """All stages of one temperature's trajectory are stored, 24 MB at N = 64. Storing steps only, and computing their
+    stages again on the way back, takes a third of that and 1.15 to 1.27 times the time."""
+    N, spy, names = size.N, steps_a_year(size), [f"{kind}{layer}" for layer in range(1, len(LAYERS)) for kind in "Wb"]
+    shapes, dtype = [structure[name].shape for name in names], structure["W1"].dtype
+    unit, eps = scales(size, dtype)
+    X, L, rows = (np.empty(shape, dtype) for shape in ((3 * size.years * spy + 1, N, N), (4, N, N), (3, N)))
+    z, zb = (tuple(np.empty(n, dtype) for n in LAYERS) for _ in range(2))
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    flat = np.empty(ends[-1], dtype)
+    thetab = tuple(block.reshape(shape) for block, shape in zip(np.split(flat, ends[:-1]), shapes, strict=True))
+    A_span, ssp = np.array([A_MIN, A_MAX - A_MIN], dtype), np.array(SSPRK3, dtype)
+    return UdeWork(dtype.type(unit / spy), eps, A_span, ssp, X, L, rows, z, zb, flat, thetab)
+
+
+@njit(fastmath=True)
+def copy(source, target):
+    """As loops: assigning an array to a slice compiles for seconds."""
+    for i in range(source.shape[0]):
+        for j in range(source.shape[1]):
+            target[i, j] = source[i, j]
+
+
+@njit(fastmath=True)
+def misfit(H, Href):
+    total = H.dtype.type(0)
+    for i in range(H.shape[0]):
+        for j in range(H.shape[1]):
+            total += (H[i, j] - Href[i, j]) ** 2
+    return total
+
+
+@njit(fastmath=True)
+def ude_kernel(theta, B, H0, Href, T, unit, eps, A_span, ssp, X, L, rows, z, zb, flat, thetab):
+    spy, loss = len(X) // 3 // len(Href), X.dtype.type(0)
+    for k in range(len(T)):
+        A = A_span[0] + A_span[1] * network(theta, T[k], z)
+        copy(H0, L[0])
+        for year in range(len(Href)):
+            for _ in range(spy):
+                for s in range(3):
+                    p, q = ssp[s]
+                    sia(L[s], B, q * A * unit, eps, p, L[0], q, L[s + 1], rows[0], rows[1])
+                copy(L[3], L[0])
+            loss += misfit(L[0], Href[year, k])
+    return loss / Href.size
+
+
+@njit(fastmath=True)
+def trajectory(X, B, c, eps, ssp, rows):
+    """From X[0] to X[-1], all stages."""
+    for n in range(0, len(X) - 1, 3):
+        for s in range(3):
+            p, q = ssp[s]
+            sia(X[n + s], B, q * c, eps, p, X[n], q, X[n + s + 1], rows[0], rows[1])
+
+
+@njit(fastmath=True)
+def trajectory_vjp(X, B, Href, c, eps, ssp, L, rows):
+    """The misfit to Href (years, N, N) summed over the years, and its derivative by ln c; that by X[0] is left in L[3]."""
+    every = (len(X) - 1) // len(Href)
+    loss = lncb = X.dtype.type(0)
+    L0, L2, L3 = L[0], L[2], L[3]
+    L3[:] = 0
+    for n in range(len(X) - 1, 0, -3):
+        if n % every == 0:
+            H, H_ref = X[n], Href[n // every - 1]
+            loss += misfit(H, H_ref)
+            for i in range(len(B)):
+                for j in range(len(B)):
+                    d = H[i, j] - H_ref[i, j]
+                    L3[i, j] += d + d
+        for s in range(2, -1, -1):
+            q = ssp[s, 1]
+            lncb += sia_vjp(X[n - 3 + s], B, L[s + 1], q * c, eps, q, L[s], rows[:2], rows[2])
+        for i in range(len(B)):
+            for j in range(len(B)):
+                L3[i, j] = L0[i, j] + ssp[1, 0] * L2[i, j] + ssp[2, 0] * L3[i, j]
+    return loss, lncb
+
+
+@njit(fastmath=True)
+def ude_vjp_kernel(theta, B, H0, Href, T, unit, eps, A_span, ssp, X, L, rows, z, zb, flat, thetab):
+    loss = X.dtype.type(0)
+    flat[:] = 0
+    for k in range(len(T)):
+        A = A_span[0] + A_span[1] * network(theta, T[k], z)
+        copy(H0, X[0])
+        trajectory(X, B, A * unit, eps, ssp, rows)
+        part, lnAb = trajectory_vjp(X, B, Href[:, k], A * unit, eps, ssp, L, rows)
+        loss += part
+        zb[4][0] = lnAb / A * A_span[1] / Href.size
+        network_vjp(theta, z, zb, thetab)
+    return loss / Href.size
+
+
+def ude_arguments(theta, data):
+    return tuple(theta.values()), data["B"], data["H0"], data["Href"], data["T"]
+
+
+def ude(theta, data, size, work):
+    return ude_kernel(*ude_arguments(theta, data), *work)
+
+
+def ude_adjoint(theta, data, size, work):
+    loss = ude_vjp_kernel(*ude_arguments(theta, data), *work)
+    return loss, dict(zip(theta, work.thetab, strict=True))
+
+
+IMPLEMENTATION = {
+    "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint})},
+    "ude": {"loops": Implementation(ude, ude_prepare, strategies={"adjoint": ude_adjoint})},
+}

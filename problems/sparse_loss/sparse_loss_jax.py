@@ -1,0 +1,129 @@
+"""The sparse losses in JAX: whole arrays, K as one weight an edge (problems.sparse_loss.edges), summed by scatters.
+
+The solve is LAPACK's banded Cholesky on the host, as in Numba and PyTorch. Its rule is over the solve alone: the jvp is one
+more solve with the same factor, lax.custom_linear_solve, which JAX transposes for reverse mode. JAX's own sparse solve,
+jax.experimental.sparse.linalg.spsolve, factorises again for the adjoint (7 times as slow at m = 32) and cannot be batched.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from problems import Implementation
+from problems.sparse_loss import band, cholesky, edges, substitute
+
+
+def chebyshev(c, q):
+    """cos(i pi x), i = 0..q-1, from c = cos(pi x)."""
+    T = [jnp.ones_like(c), c]
+    for _ in range(2, q):
+        T.append(2 * c * T[-1] - T[-2])
+    return T[:q]
+
+
+def conductivity(theta, mid, q):
+    """k at the points mid (2, points). The cosines are a loop over x, y, or XLA would compute them again in every row that
+    is made of them; a sum over rows is written out, because jnp.sum(axis=0) is 10 times slower on the CPU."""
+    i = jnp.arange(q, dtype=mid.dtype)
+    c = theta.reshape(q, q) / (1 + i[:, None] ** 2 + i**2)
+    X, Y = (chebyshev(cos, q) for cos in jax.lax.map(jnp.cos, jnp.pi * mid))
+    t = c.T @ jnp.stack(X)  # (q, points)
+    return jnp.exp(sum(t[j] * Y[j] for j in range(q)))
+
+
+def geometry(x, tri):
+    """The weights of each triangle's three edges at k = 1 (3, triangles), the areas; x is (2, n)."""
+    p0, p1, p2 = (x[:, tri[:, s]] for s in range(3))
+    e0, e1, e2 = p2 - p1, p0 - p2, p1 - p0
+    area = (e0[0] * e1[1] - e0[1] * e1[0]) / 2
+    return jnp.stack([a[0] * b[0] + a[1] * b[1] for a, b in ((e1, e2), (e2, e0), (e0, e1))]) / (4 * area), area
+
+
+def stiffness(theta, x, tri, ends, edge, q):
+    """K_ij of every edge."""
+    i, j = ends
+    k = conductivity(theta, (x[:, i] + x[:, j]) / 2, q)
+    kbar = (k[edge[0]] + k[edge[1]] + k[edge[2]]) / 3
+    return jnp.zeros_like(k).at[edge].add(kbar * geometry(x, tri)[0])
+
+
+def product(K, ends, w):
+    """K w; its rows sum to zero."""
+    i, j = ends
+    flux = K * (w[j] - w[i])
+    return jnp.zeros_like(w).at[i].add(flux).at[j].add(-flux)
+
+
+def fem_matvec(theta, data, size, work):
+    ends, edge = work
+    K = stiffness(theta["theta"], data["x"].T, data["tri"], ends, edge, size.q)
+    r = product(K, ends, data["w"]) - data["b"]
+    return jnp.vdot(r, r) / 2
+
+
+def solve(K, F, band, factors):
+    """u from K u = F over the inner nodes; the last slot is the boundary's, u = 0. The factor stays on the host, among the
+    two latest of factors, and its number goes with u: as an array it would be copied four times (1.5 times as slow)."""
+    ends = band.ends.T
+
+    def factorise(K, F):
+        key = max(factors, default=-1) + 1
+        factors[key] = U = cholesky(np.asarray(K), band)
+        factors.pop(key - 2, None)
+        return substitute(U, np.asarray(F)), np.int32(key)
+
+    def back(key, b):
+        b, U = np.asarray(b), factors[np.asarray(key).item()]
+        return substitute(U, b) if b.ndim == 1 else substitute(U, b.T).T  # under vmap one factor, many b
+
+    def host(K, F):
+        return jax.pure_callback(factorise, (F, jax.ShapeDtypeStruct((), jnp.int32)), K, F)
+
+    @jax.custom_jvp
+    def u(K, F):
+        return host(K, F)[0]
+
+    @u.defjvp
+    def u_jvp(primals, tangents):
+        (K, F), (dK, dF) = primals, tangents
+        u, key = host(K, F)
+        du = jax.lax.custom_linear_solve(
+            lambda v: product(K, ends, jnp.append(v, 0.0))[:-1],
+            dF - product(dK, ends, jnp.append(u, 0.0))[:-1],
+            lambda _, b: jax.pure_callback(back, b, key, b, vmap_method="expand_dims"),
+            symmetric=True,
+        )
+        return u, du
+
+    return u(K, F)
+
+
+def load(x, tri, slot, n):
+    """F over the n inner nodes; what falls on the boundary goes past the last."""
+    area = geometry(x, tri)[1]
+    return jnp.zeros(n + 1, x.dtype).at[slot[tri.T]].add(area / 3)[:-1]
+
+
+def fem_solve(theta, data, size, work):
+    ends, edge, band, factors = work
+    x, tri, slot = data["x"].T, data["tri"], jnp.asarray(band.slot)
+    K = stiffness(theta["theta"], x, tri, ends, edge, size.q)
+    u = solve(K, load(x, tri, slot, len(data["inner"])), band, factors)
+    r = jnp.append(u, 0.0)[slot] - data["u_star"]
+    return jnp.vdot(r, r) / (2 * len(r))
+
+
+def matvec_prepare(structure, size):
+    ends, edge = edges(structure["tri"])
+    return ends.T.astype(np.int32), edge.T.astype(np.int32)
+
+
+def solve_prepare(structure, size):
+    ends, edge = matvec_prepare(structure, size)
+    return ends, edge, band(ends.T, structure["inner"], *structure["u_star"].shape), {}
+
+
+IMPLEMENTATION = {
+    "fem_matvec": {"array": Implementation(fem_matvec, matvec_prepare)},
+    "fem_solve": {"array": Implementation(fem_solve, solve_prepare)},
+}

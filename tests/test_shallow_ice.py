@@ -1,0 +1,149 @@
+"""The valley glacier: printed reference values, three equal NumPy forms, the hand adjoint, and what the ice must do."""
+
+import numpy as np
+import pytest
+
+from backends.numpy_backend import NumPy
+from problems import BadSize, gold, shallow_ice, structure
+from problems.shallow_ice import A_MAX, A_MIN, BOX, TASKS, TEMPERATURES, shallow_ice_numba, sia
+
+SIZES = [
+    ("rhs", {"N": 16}),
+    ("rhs", {"N": 7, "A": 8e-17}),
+    ("ude", {"N": 16, "years": 2}),
+    ("ude", {"N": 7, "years": 2, "spy": 3}),
+]
+
+
+def setup(name, **keys):
+    size = TASKS[name].at(**keys)
+    return size, *TASKS[name].inputs(size)
+
+
+def run(name, size, theta, data):
+    """Primal and adjoint in Numba."""
+    impl = shallow_ice_numba.IMPLEMENTATION[name]["loops"]
+    work = impl.prepare(structure(theta, data), size)
+    loss, gradient = impl.strategies["adjoint"](theta, data, size, work)
+    return impl.loss(theta, data, size, work), loss, gradient
+
+
+def complex_step(name, size, theta, data):
+    """The whole gradient of the statement."""
+    loss = TASKS[name].forms["array"]
+    return NumPy("cpu").complex_step(lambda theta, data: loss(theta, data, size))(theta, data)[1]
+
+
+def error(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def test_right_hand_side_has_the_printed_values():
+    size, theta, data = setup("rhs", N=32)
+    H = theta["H"]
+    f = sia(H, data["B"], size.A, BOX / size.N)
+    assert H.sum() == pytest.approx(18881.77777778, rel=1e-12)
+    assert np.linalg.norm(f) == pytest.approx(10.1758431854, rel=1e-11)
+    assert f[16, 16] == pytest.approx(-1.22498120299, rel=1e-11)
+    _, _, gradient = run("rhs", size, theta, data)
+    assert np.linalg.norm(gradient["H"]) == pytest.approx(1.362786934534, rel=1e-12)
+    assert gradient["lnA"] == pytest.approx(-1.369276635846, rel=1e-12)
+
+
+def test_ude_has_the_printed_values():
+    size, theta, data = setup("ude", N=32)
+    T = np.array(TEMPERATURES)
+    three = [TEMPERATURES.index(t) for t in (0.0, -10.0, -20.0)]
+    A_nn, A_fake = shallow_ice.fluidity(theta, T), A_MIN + (A_MAX - A_MIN) * ((T + 25) / 26) ** 2
+    assert A_nn[three] / 1e-17 == pytest.approx([3.25790317767, 3.2476593831, 3.2379590125], rel=1e-11)
+    assert A_fake[three] / 1e-17 == pytest.approx([7.39709097633, 2.66839275148, 0.304043639053], rel=1e-11)
+    assert data["Href"][-1, 0].max() == pytest.approx(184.538999935, rel=1e-11)
+    primal, loss, gradient = run("ude", size, theta, data)
+    g = np.concatenate([gradient[block].ravel() for block in theta])
+    assert primal == pytest.approx(0.237894364036, rel=1e-11)
+    assert loss == pytest.approx(0.237894364036, rel=1e-11)
+    assert np.linalg.norm(g) == pytest.approx(0.06836149640429, rel=1e-12)
+    assert g[[0, 82]] == pytest.approx([-0.00582111765325, -0.0196185152399], rel=1e-11)
+
+
+def test_scalar_version_has_the_printed_values():
+    """L1(A) = mean((H(5 yr; A) - Href)^2), by A and by H0: what the adjoint passes on its way."""
+    size, theta, data = setup("ude", N=32)
+    w = shallow_ice_numba.ude_prepare(structure(theta, data), size)
+    w.X[0] = data["H0"]
+    shallow_ice_numba.trajectory(w.X, data["B"], w.unit * 4e-17, w.eps, w.ssp, w.rows)
+    last_year = data["Href"][-1:, 0]
+    loss, lnAb = shallow_ice_numba.trajectory_vjp(w.X, data["B"], last_year, w.unit * 4e-17, w.eps, w.ssp, w.L, w.rows)
+    assert loss / 32**2 == pytest.approx(0.7814040722183, rel=1e-12)
+    assert lnAb / 32**2 / 4 == pytest.approx(-0.499646281025, rel=1e-11)
+    assert np.linalg.norm(w.L[3]) / 32**2 == pytest.approx(0.0458242520425, rel=1e-11)
+
+
+def test_reference_at_64():
+    size, _, data = setup("ude", N=64)
+    assert data["Href"][-1, 0].max() == pytest.approx(184.928385993, rel=1e-11)
+
+
+@pytest.mark.parametrize(("name", "keys"), SIZES)
+def test_three_forms_and_numba_are_one_program(name, keys):
+    size, theta, data = setup(name, **keys)
+    losses = {form: loss(theta, data, size) for form, loss in TASKS[name].forms.items()}
+    primal, loss, _ = run(name, size, theta, data)
+    for value in (*losses.values(), primal, loss):
+        assert value == pytest.approx(losses["array"], rel=1e-12 if name == "ude" and size.N == 7 else 1e-13)
+
+
+@pytest.mark.parametrize(("name", "keys"), SIZES)
+def test_adjoint_against_complex_step(name, keys):
+    size, theta, data = setup(name, **keys)
+    reference = complex_step(name, size, theta, data)
+    _, _, gradient = run(name, size, theta, data)
+    for block in theta:
+        assert error(gradient[block], reference[block]) < 1e-12, block
+
+
+@pytest.mark.parametrize(("name", "keys"), SIZES)
+def test_forms_are_complex_step_safe(name, keys):
+    size, theta, data = setup(name, **keys)
+    flat = gold(sum(block.size for block in theta.values()), 11)
+    direction, k = {}, 0
+    for block, value in theta.items():
+        direction[block] = flat[k : k + value.size].reshape(value.shape)
+        k += value.size
+    up = {block: theta[block] + 1e-20j * direction[block] for block in theta}
+    slopes = [np.imag(loss(up, data, size)) / 1e-20 for loss in TASKS[name].forms.values()]
+    _, _, gradient = run(name, size, theta, data)
+    slopes.append(sum(np.vdot(gradient[block], direction[block]) for block in theta))
+    assert slopes == pytest.approx([slopes[0]] * len(slopes), rel=1e-11)
+
+
+def test_adjoint_on_rough_ice_that_reaches_the_boundary():
+    """Neither smooth nor symmetric, ice on the boundary, holes of negative H: every cap and every branch is taken."""
+    size, theta, data = setup("rhs", N=11)
+    theta["H"] = 40 * gold(121, 5).reshape(11, 11) + 10
+    data["B"] = data["B"] + 60 * gold(121, 9).reshape(11, 11)
+    reference = complex_step("rhs", size, theta, data)
+    assert np.any(reference["H"][0]), "this test wants ice on the boundary"
+    _, _, gradient = run("rhs", size, theta, data)
+    assert error(gradient["H"], reference["H"]) < 1e-13
+    assert gradient["lnA"] == pytest.approx(reference["lnA"], rel=1e-12)
+    assert np.all(gradient["H"][theta["H"] <= 0] == 0)
+
+
+def test_ice_is_conserved_and_flows_downhill():
+    size, _, data = setup("ude", N=16)
+    volume = data["Href"].sum((2, 3))
+    assert volume == pytest.approx(np.full(volume.shape, data["H0"].sum()), rel=1e-13)
+    assert data["Href"].min() >= 0
+    x = np.arange(16)[:, None]
+    down = (data["Href"][-1] * x).sum((1, 2)) / volume[-1] - (data["H0"] * x).sum() / data["H0"].sum()
+    assert np.all(np.diff(down) < 0) and down[-1] > 0  # warm ice flows further, and the bed falls with x
+
+
+def test_steps_a_year():
+    for N, spy in ((4, 1), (7, 1), (32, 12), (33, 13), (64, 48), (128, 192), (256, 768)):
+        assert shallow_ice.steps_a_year(TASKS["ude"].at(N=N)) == spy
+    assert shallow_ice.steps_a_year(TASKS["ude"].at(N=32, spy=40)) == 40
+    for keys in ({"N": 3}, {"N": 8, "years": 0}, {"N": 8, "spy": -1}):
+        with pytest.raises(BadSize, match="too small"):
+            TASKS["ude"].at(**keys)
