@@ -11,7 +11,7 @@ from harness.machine import commit, load, lock_hash, machine_class
 from harness.reference import NoReference, Reference, inputs, reference, statement_files
 from harness.source import lines
 
-ENOUGH_S = 60.0
+ENOUGH_S = 30.0
 
 
 def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int = 3) -> CellRecord:

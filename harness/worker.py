@@ -4,13 +4,18 @@ It runs in the interpreter of the backend's environment, so it needs NumPy and t
 line a stage to OUT, so that the parent knows where a crashed or hanging cell was, and the result last.
 """
 
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 
 
 def main(spec_path: str, out_path: str) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # PR_SET_PDEATHSIG: to die with a parent that is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     with open(spec_path) as f:
         spec = json.load(f)
     os.sched_setaffinity(0, spec["cpus"])  # before any import starts a thread pool
