@@ -122,6 +122,12 @@ def hungry(theta, data, size, work):
     b = a + 1
     return right(theta, data, size)
 
+def many(theta, data, size, kept=[]):
+    """N states of 16 KiB: the allocator keeps their pages, because what was allocated last stays."""
+    states = [np.ones(2048) for _ in range(size.N)]
+    kept.append(np.ones(8000))
+    return right(theta, data, size)
+
 def hungry_cube(theta, data, size, work):
     return cube(theta, data, size)
 '''
@@ -141,6 +147,7 @@ DERIVATIVES = {  # form -> the derivative that it is
     "mutate_theta": "do(mutate_theta)",
     "late": "late",
     "slow": "slow",
+    "many": "many",
     "wrong_loss": "wrong_loss",
     "two_numbers": "two_numbers",
     "segfault": "do(lambda *a: ctypes.string_at(0))",
@@ -316,6 +323,11 @@ def test_memory_grows_with_the_size_and_counts_work(faults):
         assert memory["work"] == (3 + 1) * N * 8
         needs = 2 * 8 * N * N // 50
         assert needs <= memory["peak"] + 2**20 and memory["peak"] <= 1.3 * needs + 4 * 2**20
+
+
+def test_memory_of_many_small_states_is_seen(faults):
+    (said,) = faults.measure(fault("many", size="N=2000"), budget=0.01)
+    assert 0.95 < said["processes"][0]["memory"]["peak"] / (2000 * 2048 * 8) < 1.2
 
 
 def test_the_first_call_is_timed_on_its_own(faults):
