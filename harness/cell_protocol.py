@@ -44,7 +44,6 @@ class Unavailable(Exception):
 
 def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     """One process of a cell: everything that its record holds."""
-    start = time.perf_counter()
     task, size, theta, data = load_inputs(spec)
     backend = construct(spec)
     implementation = load_implementation(spec)
@@ -52,10 +51,7 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
 
     stage("first call")
     began = time.perf_counter()
-    work = implementation.prepare(structure(theta, data), size) if implementation.prepare else None
-    strategy = spec["strategy"]
-    chosen = implementation.strategies.get(strategy, implementation.loss)
-    derivative = getattr(backend, strategy)(bind(chosen, size, work))
+    derivative, work = prepared(backend, implementation, spec["strategy"], size, theta, data)
     out = backend.wait(derivative(*on))
     first_call = time.perf_counter() - began
 
@@ -104,9 +100,7 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     return result | {
         "status": "ok",
         "versions": backend.versions(),
-        "environ": {k: os.environ[k] for k in spec["environ"]},
         "measured_s": measured,
-        "worker_s": time.perf_counter() - start,
     }
 
 
@@ -117,9 +111,8 @@ def gradient(spec: dict, stage: Callable[[str], None]) -> dict:
     stage("first call")
     for job in spec["sizes"]:
         task, size, theta, data = load_inputs(spec | job)
-        work = implementation.prepare(structure(theta, data), size) if implementation.prepare else None
-        chosen = implementation.strategies.get(spec["strategy"], implementation.loss)
-        loss, blocks = fetch(backend, getattr(backend, spec["strategy"])(bind(chosen, size, work))(theta, data))
+        derivative, _ = prepared(backend, implementation, spec["strategy"], size, theta, data)
+        loss, blocks = fetch(backend, derivative(theta, data))
         save(job["save"], {"loss": loss} | {f"block {name}": block for name, block in blocks.items()})
     return {"status": "ok"}
 
@@ -187,6 +180,15 @@ def load_implementation(spec: dict) -> Implementation:
         return Implementation(forms[spec["form"]])
     module = importlib.import_module(f"problems.{spec['problem']}.{spec['problem']}_{spec['backend']}")
     return module.IMPLEMENTATION[spec["task"]][spec["form"]]
+
+
+def prepared(
+    backend: Any, implementation: Implementation, strategy: str, size: Any, theta: dict, data: dict
+) -> tuple[Callable, Any]:
+    """derivative(theta, data) of a strategy, and the `work` that it holds."""
+    work = implementation.prepare(structure(theta, data), size) if implementation.prepare else None
+    chosen = implementation.strategies.get(strategy, implementation.loss)
+    return getattr(backend, strategy)(bind(chosen, size, work)), work
 
 
 def bind(function: Callable, size: Any, work: Any) -> Callable:

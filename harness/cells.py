@@ -221,7 +221,7 @@ def cell(address: str) -> Cell:
     if "=" in size and len(_own_size(size)[0]) > 1:
         raise UserError(f"{address!r} names no size; write it before the comma, as in @small,{size}.")
     task(parts[0])
-    if "=" not in size and parts[2] in APPROXIMATE_OR_SLOW and size == "large":
+    if size == "large" and parts[2] in APPROXIMATE_OR_SLOW:
         raise UserError(
             f"{parts[2]} takes one primal and more for every entry of theta, so it has no cell at large; use small."
         )

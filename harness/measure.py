@@ -5,10 +5,10 @@ import time
 from datetime import UTC, datetime
 
 from harness import PROTOCOL, ROOT, processes
-from harness.cells import Cell, backend, known_status, size_of
+from harness.cells import Cell, backend, known_status, modules, size_of
 from harness.ledger import CellRecord, Floor
 from harness.machine import commit, load, lock_hash, machine_class
-from harness.reference import NoReference, Reference, inputs, reference, statement_files
+from harness.reference import NoReference, Reference, inputs, reference
 from harness.source import lines
 
 ENOUGH_S = 30.0
@@ -103,7 +103,7 @@ def measure_floor(cell: Cell, block: str, budget: float) -> Floor:
 def key(cell: Cell) -> str:
     """Changes whenever the number could: an edited, uncommitted implementation is never served stale numbers."""
     package = ROOT / "problems" / cell.problem
-    files = sorted(package.glob("*.py")) if package.is_dir() else statement_files(cell.problem)
+    files = sorted(package.glob("*.py")) if package.is_dir() else [modules("problems")[cell.problem]]
     files += [
         ROOT / "problems/__init__.py",
         ROOT / f"backends/{cell.backend}_backend.py",

@@ -15,7 +15,8 @@ import numpy as np
 
 from backends import STRATEGIES
 from harness import ROOT, UserError, processes
-from harness.cells import Cell, backend, outline, size_of, tasks
+from harness.cell_protocol import save
+from harness.cells import APPROXIMATE_OR_SLOW, Cell, backend, implementation_file, modules, outline, size_of, tasks
 from harness.judge import error, loss_error
 from harness.machine import lock_hash
 
@@ -49,8 +50,7 @@ def reference(cell: Cell) -> Reference:
     gate = STRATEGIES[cell.strategy].gate or loss_gate
     tiny = size == task.sizes["tiny"]
     by_hand = (cell.backend, cell.strategy) == ("numba", "adjoint")
-    slow = cell.strategy in ("complex_step", "difference")
-    if tiny and not slow:
+    if tiny and cell.strategy not in APPROXIMATE_OR_SLOW:
         whole = _gradients(cell, [size], "numpy", "complex_step")[0]
         return Reference("complex step of the statement", gate, loss_gate, whole=whole)
     if not by_hand and _adjoint_passes(cell, size, task):
@@ -77,9 +77,7 @@ def inputs(cell: Cell, size: tuple) -> str:
         arrays = {f"theta {k}": np.asarray(v) for k, v in theta.items()} | {
             f"data  {k}": np.asarray(v) for k, v in data.items()
         }
-        with path.with_suffix(f".{os.getpid()}").open("wb") as f:
-            np.savez(f, **arrays)  # type: ignore[arg-type] - NumPy's stub takes the keywords for allow_pickle
-        path.with_suffix(f".{os.getpid()}").replace(path)
+        save(str(path), arrays)
     return str(path)
 
 
@@ -150,7 +148,11 @@ def _at(cell: Cell, size: tuple) -> dict:
 def _path(kind: str, cell: Cell, size: tuple, library: str) -> Path:
     """Named by content: the statement, the code that computes it, the lock, the task and the size."""
     digest = hashlib.sha256(lock_hash().encode())
-    for file in [ROOT / "problems/__init__.py", *statement_files(cell.problem), *_library_files(cell.problem, library)]:
+    for file in [
+        ROOT / "problems/__init__.py",
+        modules("problems")[cell.problem],
+        *_library_files(cell.problem, library),
+    ]:
         digest.update(file.read_bytes())
     for file in ("judge.py", "cell_protocol.py"):
         digest.update((ROOT / "harness" / file).read_bytes())
@@ -159,13 +161,8 @@ def _path(kind: str, cell: Cell, size: tuple, library: str) -> Path:
     return folder / f"{cell.problem}.{cell.task}-{kind}-{digest.hexdigest()[:20]}.npz"
 
 
-def statement_files(problem: str) -> list[Path]:
-    package = ROOT / "problems" / problem
-    return [package / "__init__.py"] if package.is_dir() else [package.with_suffix(".py")]
-
-
 def _library_files(problem: str, library: str) -> list[Path]:
-    files = [ROOT / "backends" / f"{library}_backend.py", ROOT / "problems" / problem / f"{problem}_{library}.py"]
+    files = [ROOT / "backends" / f"{library}_backend.py", implementation_file(problem, library)]
     return [f for f in files if library and f.is_file()]
 
 

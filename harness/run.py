@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from harness import PROTOCOL, UserError
-from harness.cells import SIZES, Cell, backend, cells, known_status, tasks
+from harness.cells import APPROXIMATE_OR_SLOW, SIZES, Cell, backend, backends, cells, known_status, tasks
 from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
 from harness.machine import commit, lock_hash, machine, machine_class
 from harness.measure import key, measure, measure_floor, record
@@ -63,7 +63,7 @@ def _main(cell: Cell) -> bool:
 def _sweep(pattern: str) -> Iterable[Cell]:
     """The sizes that a task names for its figure of time against size."""
     for cell in cells(pattern + "@small"):
-        if cell.strategy not in ("complex_step", "difference"):
+        if cell.strategy not in APPROXIMATE_OR_SLOW:
             for size in tasks(cell.problem)[cell.task].sweep:
                 yield replace(cell, size=",".join(f"{k}={v}" for k, v in size.items()))
 
@@ -117,10 +117,10 @@ def resume() -> tuple[Writer, Context, Run]:
 def go(writer: Writer, context: Context, before: Run | None, console: Console) -> list[CellRecord]:
     """Measure what the plan has and the file has not, one cell at a time; returns all its records."""
     began = time.monotonic()
-    done = {r.cell: r for r in before.cells.values()} if before else {}
     known = {c.address: c for address in context.plan for c in cells(address)}
-    todo = [known[a] for a in context.plan if a not in done or done[a].key != key(known[a])]
-    records = {a: r for a, r in done.items() if known[a] not in todo}
+    records = {a: r for a, r in before.cells.items() if r.key == key(known[a])} if before else {}
+    todo = [known[a] for a in context.plan if a not in records]
+    wall_before = sum(r.wall_s for r in records.values())
     if before:
         console.print(
             f"{before.torn} " * bool(before.torn) + f"{len(records)} cells are in the ledger; {len(todo)} are left."
@@ -136,7 +136,7 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
             found = records[cell.address] = _measure(cell, context, records)
             writer.append(found)
             progress.console.print(line(found), soft_wrap=True, highlight=False)
-    wall = time.monotonic() - began + sum(r.wall_s for a, r in done.items() if known[a] not in todo)
+    wall = time.monotonic() - began + wall_before
     measured = sum(r.measured_s for r in records.values())
     now = datetime.now(UTC).isoformat(timespec="seconds")
     writer.append(End(finished=now, wall_s=wall, measured_s=measured))
@@ -211,8 +211,6 @@ def _duration(t: float) -> str:
 
 def _versions() -> dict[str, str]:
     """Of everything that any backend needs, and of the tools that write results."""
-    from harness.cells import backends
-
     names = {name for b in backends() for name in backend(b).requires} | {"asv", "pandas", "pydantic"}
     found = {}
     for name in sorted(names):

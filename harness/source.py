@@ -4,31 +4,24 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from harness import ROOT
-from harness.cells import Cell, modules, outline, parse, tasks
-
-
-def path_of(cell: Cell) -> Path:
-    if cell.backend == "numpy":
-        return modules("problems")[cell.problem]
-    return ROOT / "problems" / cell.problem / f"{cell.problem}_{cell.backend}.py"
+from harness.cells import Cell, implementation_file, modules, outline, parse
 
 
 def source(cell: Cell) -> str:
     """The functions that the way runs, in the order of the file, as text."""
-    return "\n\n\n".join(text for text, _ in _functions(path_of(cell), entries(cell)))
+    return "\n\n\n".join(text for text, _ in _way(cell))
 
 
 def lines(cell: Cell) -> int:
     """Lines of code of the way: without blank lines, comments and docstrings."""
-    return sum(count for _, count in _functions(path_of(cell), entries(cell)))
+    return sum(count for _, count in _way(cell))
 
 
-def entries(cell: Cell) -> tuple[str, ...]:
-    if cell.backend == "numpy":
-        return (next(iter(tasks(cell.problem)[cell.task].forms.values())).__name__,)
+def _way(cell: Cell) -> tuple[tuple[str, int], ...]:
+    by_numpy = cell.backend == "numpy"  # which runs the statement itself
+    path = modules("problems")[cell.problem] if by_numpy else implementation_file(cell.problem, cell.backend)
     form = outline(cell.problem, cell.backend)[cell.task][cell.form]
-    return form.names + form.strategies.get(cell.strategy, ())
+    return _functions(path, form.names + form.strategies.get(cell.strategy, ()))
 
 
 @cache

@@ -84,7 +84,7 @@ def frame(runs: list[Run]) -> pd.DataFrame:
             "give the ledgers of one protocol."
         )
     latest: dict[str, tuple[CellRecord, str]] = {}
-    for run in sorted(runs, key=lambda r: r.context.started if r.context else ""):
+    for run in sorted(runs, key=lambda r: r.context.started):
         for record in run.cells.values():
             if record.cell not in latest or record.finished >= latest[record.cell][0].finished:
                 latest[record.cell] = record, run.context.run

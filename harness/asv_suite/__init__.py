@@ -18,7 +18,7 @@ its own, with the project installed and not beside it, and calls `setup` before 
 
 from asv_runner.benchmarks.mark import SkipNotImplemented
 
-from harness import PROTOCOL, asv_shared, cells, measure, reference, run
+from harness import PROTOCOL, asv_shared, cells, measure, run
 
 BUDGET_S = 0.5  # of derivative samples in each round
 
@@ -41,7 +41,7 @@ def _benchmark(task, ways):
         return {"samples": [min(samples.wall)], "number": samples.number}
 
     problem, _, name = task.partition(".")
-    statement = reference.statement_files(problem)[0].read_text()
+    statement = cells.modules("problems")[problem].read_text()
     track_derivative.benchmark_name = f"{task}.track_derivative"
     track_derivative.setup = setup
     track_derivative.params = (list(ways), sorted({cell.size for cell in ways.values()}))
