@@ -7,7 +7,7 @@ The first is the backend's main strategy.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple
 
@@ -89,6 +89,7 @@ class Backend(ABC):
     requires: ClassVar[tuple[str, ...]]  # distributions to import, their versions go into every record
     env: ClassVar[str] = "main"  # the environment whose interpreter runs the workers
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    programs: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # strategy -> compilers, of which it needs one
 
     @staticmethod
     def environ(threads: int) -> dict[str, str]:

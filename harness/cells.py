@@ -8,7 +8,8 @@ never imported here, so listing needs no library and a missing one keeps its row
 import ast
 import difflib
 import importlib
-import importlib.util
+import importlib.metadata
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -23,6 +24,10 @@ from problems import BadSize, Task
 SIZES = ("tiny", "small", "large")
 DTYPES = ("float64", "float32")
 RESERVED = {"device": "cpu", "dtype": "float64", "threads": "1"}
+BY_HAND = {  # strategies that an implementation must write a function for
+    "adjoint": "Nobody wrote the adjoint of {name} by hand yet: add it to {where}.",
+    "custom_rule": "Nobody gave {name} a rule of its own here: where it has a solve, an FFT or a fixed point, add it to {where}.",
+}
 APPROXIMATE_OR_SLOW = ("complex_step", "difference")  # an entry at a time: cells at tiny and small only
 
 
@@ -252,9 +257,9 @@ def known_status(cell: Cell) -> tuple[str, str]:
     form = outline(cell.problem, cell.backend)[cell.task][cell.form]
     if cell.strategy in form.unsupported:
         return "unsupported", form.unsupported[cell.strategy]
-    if cell.strategy == "adjoint" and "adjoint" not in form.strategies:
+    if cell.strategy in BY_HAND and cell.strategy not in form.strategies:
         where = implementation_file(cell.problem, cell.backend).relative_to(ROOT)
-        return "missing", f"Nobody wrote the adjoint of {cell.name} by hand yet: add it to {where}."
+        return "missing", BY_HAND[cell.strategy].format(name=cell.name, where=where)
     library = backend(cell.backend)
     if cell.device not in library.devices:
         return (
@@ -262,11 +267,14 @@ def known_status(cell: Cell) -> tuple[str, str]:
             f"{cell.backend} runs on {' and '.join(library.devices)} only; leave out device={cell.device}.",
         )
     for name in library.requires:
-        if importlib.util.find_spec(name) is None:
+        if not any(importlib.metadata.Distribution.discover(name=name)):
             return (
                 "unavailable",
                 f"The library {name} is not installed; install it with pip install {name} -c constraints.txt.",
             )
+    programs = library.programs.get(cell.strategy, ())
+    if programs and not any(map(shutil.which, programs)):
+        return "unavailable", f"{cell.backend}/{cell.strategy} needs a compiler ({' or '.join(programs)}); install one."
     return "", ""
 
 
