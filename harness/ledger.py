@@ -107,6 +107,9 @@ class CellRecord(Record):
     gate: float | None = Field(None, description="what error was compared with")
     judge: str | None = Field(None, description="what the gradient was judged by")
     lines: int | None = Field(None, description="lines of code of the way")
+    changed: int | None = Field(
+        None, description="of these, lines that the nearest form of the statement does not have"
+    )
     processes: list[Process] = Field([], description="empty unless the status is ok")
     versions: dict[str, str] = Field({}, description="exact versions of the backend's libraries")
     environ: dict[str, str] = Field({}, description="environment variables set for the worker")

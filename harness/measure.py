@@ -9,7 +9,7 @@ from harness.cells import Cell, backend, known_status, modules, size_of
 from harness.ledger import CellRecord, Floor
 from harness.machine import commit, load, lock_hash, machine_class
 from harness.reference import NoReference, Reference, inputs, reference
-from harness.source import lines
+from harness.source import changed, lines
 
 ENOUGH_S = 30.0
 
@@ -136,6 +136,7 @@ def record(cell: Cell, began: float, **rest) -> CellRecord:
             "dtype": cell.dtype,
             "threads": cell.threads,
             "lines": lines(cell) if cell.form else None,
+            "changed": changed(cell) if cell.form else None,
             "commit": head,
             "dirty": dirty,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),

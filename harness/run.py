@@ -30,7 +30,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(("small",), False, False, budget=1.5, processes=1, limit=20.0),
+    "quick": Preset(("small",), False, False, budget=1.0, processes=1, limit=20.0),
     "default": Preset(("small", "large"), True, False, budget=1.0, processes=2, limit=60.0),
     "full": Preset(SIZES, True, True, budget=2.0, processes=3, limit=600.0),
 }

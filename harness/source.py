@@ -1,10 +1,14 @@
 """The source of a way: which functions of its file it consists of, and how many lines they are. Nothing is imported."""
 
 import ast
+import re
+from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 
-from harness.cells import Cell, implementation_file, modules, outline, parse
+from harness.cells import Cell, implementation_file, modules, outline, parse, tasks
+
+NAMESPACE = re.compile(r"\b(jnp|torch|anp|ca)\.")  # one import line, not a rewriting
 
 
 def source(cell: Cell) -> str:
@@ -14,10 +18,31 @@ def source(cell: Cell) -> str:
 
 def lines(cell: Cell) -> int:
     """Lines of code of the way: without blank lines, comments and docstrings."""
-    return sum(count for _, count in _way(cell))
+    return sum(len(code) for _, code in _way(cell))
 
 
-def _way(cell: Cell) -> tuple[tuple[str, int], ...]:
+def changed(cell: Cell) -> int:
+    """Lines of code to write or change to get from the nearest form of the statement to the way; those dropped are free.
+
+    A library's name for NumPy's namespace is not a change: that is one import.
+    """
+    path = modules("problems")[cell.problem]
+    own = _normal(_way(cell))
+    forms = tasks(cell.problem)[cell.task].forms.values()
+    return min(_written(_normal(_functions(path, (form.__name__,))), own) for form in forms)
+
+
+def _normal(functions: tuple[tuple[str, tuple[str, ...]], ...]) -> list[str]:
+    return [NAMESPACE.sub("np.", row) for _, code in functions for row in code]
+
+
+def _written(old: list[str], new: list[str]) -> int:
+    """Lines of `new` that `old` does not have in the same order."""
+    same = SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks()
+    return len(new) - sum(block.size for block in same)
+
+
+def _way(cell: Cell) -> tuple[tuple[str, tuple[str, ...]], ...]:
     by_numpy = cell.backend == "numpy"  # which runs the statement itself
     path = modules("problems")[cell.problem] if by_numpy else implementation_file(cell.problem, cell.backend)
     form = outline(cell.problem, cell.backend)[cell.task][cell.form]
@@ -25,8 +50,8 @@ def _way(cell: Cell) -> tuple[tuple[str, int], ...]:
 
 
 @cache
-def _functions(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-    """(text, lines of code) of the named module-level functions and classes and all that they use of the same file."""
+def _functions(path: Path, names: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(text, its lines of code) of the named module-level functions and classes and all that they use of the same file."""
     text = path.read_text().splitlines()
     tree = parse(path)
     defined = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
@@ -47,11 +72,11 @@ def _text(text: list[str], node: ast.FunctionDef | ast.ClassDef) -> str:
     return "\n".join(text[_first(node) - 1 : node.end_lineno])
 
 
-def _lines_of_code(text: list[str], node: ast.FunctionDef | ast.ClassDef) -> int:
+def _lines_of_code(text: list[str], node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
     skip = set()
     for inner in ast.walk(node):
         if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner, clean=False) is not None:
             doc = inner.body[0]
             skip |= set(range(doc.lineno, (doc.end_lineno or doc.lineno) + 1))
     rows = range(_first(node), (node.end_lineno or node.lineno) + 1)
-    return sum(1 for k in rows if k not in skip and (row := text[k - 1].strip()) and not row.startswith("#"))
+    return tuple(row for k in rows if k not in skip and (row := text[k - 1].strip()) and not row.startswith("#"))

@@ -34,6 +34,7 @@ COLUMNS = {
     "peak memory": "of one call, buffers included",
     "error": "relative 2-norm error of the worst block of the gradient",
     "lines": "lines of code of this way",
+    "rewritten": "of these, lines that the nearest form of the NumPy statement does not have: what must be rewritten",
 }
 TEXT = ("way", "form", "status")  # the columns that are not numbers
 
@@ -97,7 +98,7 @@ def frame(runs: list[Run]) -> pd.DataFrame:
     found["derivative_over_primal"] = found.derivative_min_s / found.primal_min_s
     found["derivative_over_adjoint"] = found.derivative_min_s / found.adjoint_s
     found["derivative_over_floor"] = found.derivative_min_s / found.floor_s
-    found = found.astype(dict.fromkeys(("peak_memory_bytes", "gradient_entries", "lines"), "Int64"))
+    found = found.astype(dict.fromkeys(("peak_memory_bytes", "gradient_entries", "lines", "changed"), "Int64"))
     found["_rank"] = found.status.map(get_args(Status).index)
     order = ["task", *SETTING, "axis_value", "size", "derivative_median_s", "_rank", "way"]
     return found.sort_values(order, na_position="last", ignore_index=True).drop(columns="_rank")
@@ -147,6 +148,7 @@ def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> di
         "loss_error": record.loss_error,
         "gradient_entries": sum(b.size for b in record.blocks.values()) if record.blocks else None,
         "lines": record.lines,
+        "changed": record.changed,
         "floor_s": rate.seconds if rate and on_host else None,
         "processes": len(record.processes),
         "samples": sum(len(p.derivative.wall) for p in record.processes),
@@ -229,6 +231,7 @@ def table(part: pd.DataFrame, rate: Rate | None) -> Table:
             "peak memory": (amount(r["peak_memory_bytes"]), r["peak_memory_bytes"]),
             "error": (error(r["error"]), r["error"]),
             "lines": (amount(r["lines"], ""), r["lines"]),
+            "rewritten": (amount(r["changed"], ""), r["changed"]),
         }
         rows.append([(text, None if pd.isna(number) else number) for text, number in (row[name] for name in columns)])
     return Table(

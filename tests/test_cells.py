@@ -378,3 +378,38 @@ def test_the_worker_needs_numpy_and_the_standard_library_only(module_tree):
     before = loaded(module_tree, "import numpy")
     after = loaded(module_tree, "import numpy, harness.worker, harness.cell_protocol")
     assert after - before - sys.stdlib_module_names <= {"harness", "problems", "backends"}
+
+
+def test_what_was_rewritten_is_counted_against_the_nearest_form(tree):
+    tree.write("backends/plain_backend.py", PLAIN)
+    code = '''
+from problems import Implementation
+from problems.brusselator import FORCING, T_FORCING
+import numpy as jnp
+
+def lap(u, N):
+    """The periodic five-point Laplacian of the last two axes."""
+    return (jnp.roll(u, 1, -2) + jnp.roll(u, -1, -2) + jnp.roll(u, 1, -1) + jnp.roll(u, -1, -1) - 4 * u) * (N - 1) ** 2
+
+def reaction(u, A, B, force):
+    # a comment costs nothing
+    U, V = u
+    U2V = U * U * V
+    return jnp.stack([B + U2V - (A + 1) * U + force, A * U - U2V])
+
+def rhs(theta, data, size):
+    u, A, B, alpha = theta["u"], theta["A"], theta["B"], theta["alpha"]
+    force = FORCING * data["disc"] if size.t >= T_FORCING else 0.0
+    du = reaction(u, A, B, force) + alpha * lap(u, size.N)
+    return jnp.vdot(data["v"], du)
+
+IMPLEMENTATION = {"rhs": {"array": Implementation(rhs)}}
+'''
+    tree.write("problems/brusselator/brusselator_plain.py", code)
+    script = """
+from harness.cells import cell
+from harness.source import changed
+print([changed(cell(f"brusselator.rhs/{way}@tiny")) for way in ("numpy/difference", "plain/forward")])
+"""
+    done = tree.python("-c", script)
+    assert done.stdout.strip() == "[0, 1]", done.stdout + done.stderr

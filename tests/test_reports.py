@@ -61,6 +61,7 @@ def cell(address, derivative=None, primal=1e-3, *, status="ok", reason="", keys=
             "gate": 1e-10,
             "judge": "the hand adjoint",
             "lines": 12,
+            "changed": 7,
             "processes": [process] if status == "ok" else [],
             "finished": WHEN,
             "wall_s": 1.0,
@@ -177,6 +178,7 @@ def test_ratios_are_of_minima_at_the_same_place(report):
         "peak memory": "12 KiB",
         "error": "1.0e-13",
         "lines": "12",
+        "rewritten": "7",
     }
     assert "× floor" not in table(markdown, f"{RHS}, small")[0]
 
