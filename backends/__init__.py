@@ -115,6 +115,10 @@ class Backend(ABC):
     def primal(self, loss: Loss) -> Loss:
         """The loss as this library runs it without differentiating."""
 
+    def where(self, array) -> str:
+        """The kind of device that holds the library's array: cpu or cuda."""
+        return "cpu"
+
     def device_memory(self) -> int | None:
         """Peak bytes the library's allocator held on the device since the last call, None on the CPU."""
         return None

@@ -33,6 +33,10 @@ class Jax(Backend):
     def wait(self, result):
         return self.jax.block_until_ready(result)
 
+    def where(self, array):
+        (device,) = array.devices()
+        return {"gpu": "cuda"}.get(device.platform, device.platform)
+
     def device_memory(self):
         stats = self.device.memory_stats()
         return stats and stats.get("peak_bytes_in_use")

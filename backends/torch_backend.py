@@ -30,6 +30,9 @@ class Torch(Backend):
             self.torch.cuda.synchronize()
         return result
 
+    def where(self, array):
+        return array.device.type
+
     def device_memory(self):
         if self.device.type == "cpu":
             return None

@@ -56,6 +56,7 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     first_call = time.perf_counter() - began
 
     stage("correctness")
+    check_device(backend, out, spec["device"])
     loss, gradient = fetch(backend, out)
     check_types(loss, gradient, theta, spec)
     result = check_gradient(loss, gradient, theta, spec) | {"first_call_s": first_call}
@@ -239,6 +240,13 @@ def check_waited(backend: Any, step: Callable, out: Any, took: float) -> None:
         f"The result was not waited for: reading it took {reading:.1e} s after the clock had stopped, "
         f"reading it again {again:.1e} s."
     )
+
+
+def check_device(backend: Any, out: Any, device: str) -> None:
+    """Raises Invalid where a gradient lies elsewhere; a scalar may come as a plain number."""
+    for name, block in out[1].items():
+        if not isinstance(block, float | np.generic) and (found := backend.where(block)) != device:
+            raise Invalid(f"The gradient of {name} came back on {found}; the cell asks for {device}.")
 
 
 def check_types(loss: Any, gradient: dict, theta: dict, spec: dict) -> None:
