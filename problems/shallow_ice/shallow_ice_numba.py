@@ -36,14 +36,14 @@ def sia(X, B, c, eps, p, P, q, out, Ks, Fs):
         X0, X1, B0, B1, P0, out0 = X[i], X[i + 1], B[i], B[i + 1], P[i], out[i]
         K, Fy = zero, zero
         for j in range(N - 1):
-            h00, h01, h10, h11 = max(X0[j], zero), max(X0[j + 1], zero), max(X1[j], zero), max(X1[j + 1], zero)
+            h00, h01, h10, h11 = max(zero, X0[j]), max(zero, X0[j + 1]), max(zero, X1[j]), max(zero, X1[j + 1])
             S00, S01, S10, S11 = B0[j] + h00, B0[j + 1] + h01, B1[j] + h10, B1[j + 1] + h11
             x, y = S10 - S00, S01 - S00
             a, b, h = x + (S11 - S01), y + (S11 - S10), (h00 + h10) + (h01 + h11)
             h2 = h * h
             west, K = K, c * (h2 * h2) * h * (a * a + b * b + eps)
-            Fx = (west + K) * max(-h00, min(x, h10))
-            south, Fy = Fy, (Ks[j] + K) * max(-h00, min(y, h01))
+            Fx = (west + K) * max(min(x, h10), -h00)
+            south, Fy = Fy, (Ks[j] + K) * max(min(y, h01), -h00)
             out0[j] = p * P0[j] + q * X0[j] + ((Fx - Fs[j]) + (Fy - south))
             Ks[j] = K
             Fs[j] = Fx
