@@ -1,0 +1,90 @@
+"""The valley glacier in Autograd: whole arrays on the tape; the temperatures are a leading axis."""
+
+import autograd.numpy as np
+
+from problems import Implementation
+from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, steps_a_year
+
+
+def avg_x(a):
+    return 0.5 * (a[..., 1:, :] + a[..., :-1, :])
+
+
+def avg_y(a):
+    return 0.5 * (a[..., 1:] + a[..., :-1])
+
+
+def diff_x(a):
+    return a[..., 1:, :] - a[..., :-1, :]
+
+
+def diff_y(a):
+    return a[..., 1:] - a[..., :-1]
+
+
+def cap(e, lo, hi):
+    return np.where(e < lo, lo, np.where(e > hi, hi, e))  # np.clip has no derivative in its bounds here
+
+
+def sia(H, B, A, dx):
+    """H_t of the shallow ice approximation, (..., N, N); A is a number or (..., 1, 1)."""
+    Hc = np.where(H > 0, H, 0.0)
+    S = B + Hc
+    dSx, dSy = diff_x(S) / dx, diff_y(S) / dx  # (N-1, N), (N, N-1): edges
+    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))  # (N-1, N-1): corners
+    Hb2 = Hb * Hb
+    D = (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+    cx, cy = Hc[..., 1:-1] / dx, Hc[..., 1:-1, :] / dx
+    ex = cap(dSx[..., 1:-1], -cx[..., :-1, :], cx[..., 1:, :])  # (N-1, N-2)
+    ey = cap(dSy[..., 1:-1, :], -cy[..., :-1], cy[..., 1:])  # (N-2, N-1)
+    Fx, Fy = -avg_y(D) * ex, -avg_x(D) * ey
+    return pad(-(diff_x(Fx) + diff_y(Fy)) / dx)
+
+
+def pad(a):
+    """Nothing moves on the boundary."""
+    return np.pad(a, [(0, 0)] * (a.ndim - 2) + [(1, 1), (1, 1)], "constant")
+
+
+def rhs(theta, data, size):
+    A = size.A * np.exp(theta["lnA"])
+    return np.sum(data["v"] * sia(theta["H"], data["B"], A, BOX / size.N))
+
+
+def softplus(z):
+    return np.logaddexp(0, z)
+
+
+def fluidity(theta, T):
+    """A of every temperature."""
+    z = ((T + 25) / 26)[None]  # (1, temperatures)
+    z = softplus(np.dot(theta["W1"], z) + theta["b1"][:, None])
+    z = softplus(np.dot(theta["W2"], z) + theta["b2"][:, None])
+    z = softplus(np.dot(theta["W3"], z) + theta["b3"][:, None])
+    z = np.dot(theta["W4"], z) + theta["b4"][:, None]
+    return A_MIN + (A_MAX - A_MIN) / (1 + np.exp(-z[0]))
+
+
+def step(H, B, A, dx, dt):
+    """SSPRK3."""
+    H1 = H + dt * sia(H, B, A, dx)
+    H2 = 0.75 * H + 0.25 * (H1 + dt * sia(H1, B, A, dx))
+    return (H + 2 * (H2 + dt * sia(H2, B, A, dx))) / 3
+
+
+def ude(theta, data, size):
+    B, H0, Href = data["B"], data["H0"], data["Href"]
+    A = fluidity(theta, data["T"])[:, None, None]
+    H = np.broadcast_to(H0, Href.shape[1:])  # (temperatures, N, N)
+    spy, loss = steps_a_year(size), 0.0
+    for year in range(size.years):
+        for _ in range(spy):
+            H = step(H, B, A, BOX / size.N, 1 / spy)
+        loss = loss + np.sum((H - Href[year]) ** 2)
+    return loss / Href.size
+
+
+IMPLEMENTATION = {
+    "rhs": {"array": Implementation(rhs)},
+    "ude": {"array": Implementation(ude)},
+}

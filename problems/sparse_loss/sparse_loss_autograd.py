@@ -1,0 +1,135 @@
+"""The sparse losses in Autograd: whole arrays on the tape, K as one weight an edge (problems.sparse_loss.edges).
+
+x[i] goes back through np.add.at, and there is no scatter. So gathers and scatters are products with constant 0/1 matrices
+of SciPy, made in prepare, in a primitive whose vjp is the product with the transpose. Nor is there a sparse solve: LAPACK's
+banded Cholesky, as in Numba, JAX and PyTorch, is a primitive with a rule over the solve alone, which keeps the factor.
+"""
+
+import autograd.numpy as np
+from autograd.extend import defvjp, primitive
+from scipy.sparse import csr_array
+
+from problems import Implementation
+from problems.sparse_loss import band, cholesky, edges, substitute
+
+
+@primitive
+def times(M, a):
+    """M a, M constant and sparse."""
+    return M @ a
+
+
+defvjp(times, lambda out, M, a: lambda outb: times(M.T, outb), argnums=(1,))
+
+
+def coefficients(theta, q):
+    i = np.arange(q, dtype=theta.dtype)
+    return np.reshape(theta, (q, q)) / (1 + i[:, None] ** 2 + i**2)
+
+
+def chebyshev(c, q):
+    """cos(i pi x), i = 0..q-1, from c = cos(pi x): (q, 2, points) of (2, points)."""
+    T = [np.ones_like(c), c]
+    for _ in range(2, q):
+        T.append(2 * c * T[-1] - T[-2])
+    return np.array(T[:q])
+
+
+def conductivity(theta, mid, q):
+    """k at the points mid (2, points)."""
+    T = chebyshev(np.cos(np.pi * mid), q)
+    return np.exp(np.sum(np.dot(coefficients(theta, q).T, T[:, 0]) * T[:, 1], 0))
+
+
+def geometry(x, tri):
+    """The weights of each triangle's three edges at k = 1 (3, triangles), the areas; x is (2, n)."""
+    p0, p1, p2 = (x[:, nodes] for nodes in tri)
+    e0, e1, e2 = p2 - p1, p0 - p2, p1 - p0
+    area = (e0[0] * e1[1] - e0[1] * e1[0]) / 2
+    return np.stack([np.sum(e1 * e2, 0), np.sum(e2 * e0, 0), np.sum(e0 * e1, 0)]) / (4 * area), area
+
+
+def stiffness(theta, x, tri, ends, gather, q):
+    """K_ij of every edge; gather (3 triangles, edges) takes k to the edges of the triangles."""
+    i, j = ends
+    k = conductivity(theta, (x[:, i] + x[:, j]) / 2, q)
+    weights, _ = geometry(x, tri)
+    kbar = np.mean(np.reshape(times(gather, k), weights.shape), 0)
+    return times(gather.T, np.ravel(kbar * weights))
+
+
+def fem_matvec(theta, data, size, work):
+    ends, gather, incidence = work
+    K = stiffness(theta["theta"], data["x"].T, data["tri"].T, ends, gather, size.q)
+    flux = K * times(incidence.T, data["w"])
+    r = -times(incidence, flux) - data["b"]
+    return np.dot(r, r) / 2
+
+
+@primitive
+def solve(K, F, band, factor):
+    """u from K u = F over the inner nodes, K given by its edges; the last slot is the boundary's, u = 0."""
+    factor.append(cholesky(K, band))
+    return extend(substitute(factor[-1], F))
+
+
+def extend(u):
+    return np.append(u, np.zeros(1, u.dtype))
+
+
+def solve_vjp(u, K, F, band, factor):
+    i, j = band.ends.T
+
+    def back(ub):
+        lam = extend(substitute(factor[-1], ub[:-1]))
+        return (lam[i] - lam[j]) * (u[i] - u[j])
+
+    return back
+
+
+defvjp(solve, solve_vjp, argnums=(0,))
+
+
+def load(x, tri, slot, n):
+    """F over the n inner nodes; what falls on the boundary goes past the last."""
+    area = geometry(x, tri)[1]
+    return np.bincount(slot[tri].ravel(), np.tile(area / 3, 3), n + 1)[:-1].astype(x.dtype)
+
+
+def fem_solve(theta, data, size, work):
+    ends, gather, band = work
+    x, tri = data["x"].T, data["tri"].T
+    K = stiffness(theta["theta"], x, tri, ends, gather, size.q)
+    u = solve(K, load(x, tri, band.slot, len(data["inner"])), band, [])
+    r = u[band.slot] - data["u_star"]
+    return np.dot(r, r) / (2 * len(r))
+
+
+def matvec_prepare(structure, size):
+    ends, gather = matrices(structure)
+    n, dtype = structure["w"].shape[0], structure["w"].dtype
+    i, j = ends
+    number = np.arange(len(i))
+    one = np.ones(len(i), dtype)
+    incidence = csr_array(
+        (np.concatenate([one, -one]), (np.concatenate([j, i]), np.concatenate([number, number]))), (n, len(i))
+    )
+    return ends, gather, incidence
+
+
+def matrices(structure):
+    ends, edge = edges(structure["tri"])
+    where = edge.T.ravel()
+    one = np.ones(len(where), structure["x"].dtype)
+    return ends.T, csr_array((one, (np.arange(len(where)), where)), (len(where), len(ends)))
+
+
+def solve_prepare(structure, size):
+    ends, gather = matrices(structure)
+    return ends, gather, band(ends.T, structure["inner"], *structure["u_star"].shape)
+
+
+IMPLEMENTATION = {
+    "fem_matvec": {"array": Implementation(fem_matvec, matvec_prepare)},
+    "fem_solve": {"array": Implementation(fem_solve, solve_prepare)},
+}
