@@ -65,28 +65,55 @@ def fem_matvec(theta, data, size, work):
     return torch.dot(r, r) / 2
 
 
-class Solve(torch.autograd.Function):
-    """u from K u = F over the inner nodes, K given by its edges; the last slot is the boundary's, u = 0."""
+class Substitute(torch.autograd.Function):
+    """K^-1 b from the factor of K, of a batch of b at once; it has a rule for vmap and needs none for derivatives."""
 
     @staticmethod
-    def forward(ctx, K, F, ends, band):
-        ctx.U = cholesky(K.detach().cpu().numpy(), band)
-        u = Solve.substitute(ctx.U, F)
-        ctx.save_for_backward(u, ends)
+    def forward(U, b):
+        u = torch.zeros_like(b)
+        u[..., :-1] = torch.from_numpy(substitute(U.numpy(), b[..., :-1].cpu().numpy().T).T)
         return u
 
     @staticmethod
-    def backward(ctx, ub):
-        u, (i, j) = ctx.saved_tensors
-        lam = Solve.substitute(ctx.U, ub)
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, U, b):
+        return Substitute.apply(U, b.movedim(in_dims[1], 0)), 0
+
+
+class Solve(torch.autograd.Function):
+    """u from K u = F over the inner nodes, K given by its edges, and the factor; the last slot is the boundary's, u = 0."""
+
+    @staticmethod
+    def forward(K, F, ends, band):
+        U = torch.from_numpy(cholesky(K.cpu().numpy(), band))
+        return Substitute.forward(U, F), U
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        u, U = output
+        ctx.mark_non_differentiable(U)
+        ctx.save_for_backward(u, U, inputs[2])
+        ctx.save_for_forward(u, U, inputs[2])
+
+    @staticmethod
+    def backward(ctx, ub, _):
+        u, U, (i, j) = ctx.saved_tensors
+        lam = Substitute.apply(U, ub)
         Kb = (lam.index_select(0, i) - lam.index_select(0, j)) * (u.index_select(0, i) - u.index_select(0, j))
         return Kb, lam, None, None
 
     @staticmethod
-    def substitute(U, b):
-        u = torch.zeros_like(b)
-        u[:-1] = torch.from_numpy(substitute(U, b[:-1].detach().cpu().numpy()))
-        return u
+    def jvp(ctx, dK, dF, *_):
+        u, U, ends = ctx.saved_tensors
+        b = -product(dK, ends, u)
+        return Substitute.apply(U, b if dF is None else b + dF), None
+
+    @staticmethod
+    def vmap(*_):
+        raise NotImplementedError("one K at a time; PyTorch asks for this where its tangents alone are a batch")
 
 
 def load(x, tri, slot, n):
@@ -100,7 +127,7 @@ def fem_solve(theta, data, size, work):
     ends, edge, slot, slots = maps(data["x"].device)
     x, tri = data["x"].T, data["tri"].T
     K = stiffness(theta["theta"], x, tri, ends, edge, size.q)
-    u = Solve.apply(K, load(x, tri, slot, len(data["inner"]) + 1), slots, band)
+    u, _ = Solve.apply(K, load(x, tri, slot, len(data["inner"]) + 1), slots, band)
     r = u.index_select(0, slot) - data["u_star"]
     return torch.dot(r, r) / (2 * len(r))
 
@@ -143,7 +170,7 @@ def fem_solve_inplace(theta, data, size, work):
     ends, edge, slot, slots = maps(data["x"].device)
     x, tri = data["x"].T, data["tri"].T
     K = stiffness_inplace(theta["theta"], x, tri, ends, edge, size.q)
-    u = Solve.apply(K, load(x, tri, slot, len(data["inner"]) + 1), slots, band)
+    u, _ = Solve.apply(K, load(x, tri, slot, len(data["inner"]) + 1), slots, band)
     r = u.index_select(0, slot)
     r -= data["u_star"]
     return torch.dot(r, r) / (2 * len(r))
