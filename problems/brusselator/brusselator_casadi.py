@@ -1,0 +1,68 @@
+"""The Brusselator in CasADi: whole arrays (MX), second differences as a sparse matrix, time is a mapaccum.
+
+Fields come transposed, which a square does not notice: lap and S treat x and y alike.
+"""
+
+import casadi as ca
+import numpy as np
+
+from problems import Implementation
+from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues, fourier
+
+
+def second_difference(N):
+    """Of N points on a ring, a sparse (N, N)."""
+    i = np.arange(N)
+    rows, columns = np.concatenate([i, i, i]), np.concatenate([i, (i + 1) % N, (i - 1) % N])
+    values = np.repeat([-2.0, 1.0, 1.0], N) * (N - 1) ** 2
+    return ca.DM.triplet(rows.tolist(), columns.tolist(), ca.DM(values), N, N)
+
+
+def rhs(theta, data, size):
+    (U, V), A, B, alpha = ca.horzsplit(theta["u"], size.N), theta["A"], theta["B"], theta["alpha"]
+    L = second_difference(size.N)
+    force = FORCING * data["disc"] if size.t >= T_FORCING else 0.0
+    U2V = U * U * V
+    dU = B + U2V - (A + 1) * U + force + alpha * (ca.mtimes(L, U) + ca.mtimes(U, L))
+    dV = A * U - U2V + alpha * (ca.mtimes(L, V) + ca.mtimes(V, L))
+    return ca.dot(data["v"], ca.horzcat(dU, dV))
+
+
+def step(size):
+    """The step as a function that can be repeated, with S - 1 = h in the Fourier basis."""
+    N, dt, Q = size.N, size.dt, ca.DM(fourier(size.N))
+    u, push, A, B, h = (
+        ca.MX.sym("u", N, 2 * N),
+        ca.MX.sym("push", N, N),
+        ca.MX.sym("A"),
+        ca.MX.sym("B"),
+        ca.MX.sym("h", N, N),
+    )
+    U, V = ca.horzsplit(u, N)
+    flow = A * U - U * U * V
+
+    def solve(r):
+        return r + ca.mtimes(ca.mtimes(Q, h * ca.mtimes(ca.mtimes(Q.T, r), Q)), Q.T)
+
+    u1 = ca.horzcat(solve(U + dt * (B - U - flow + push)), solve(V + dt * flow))
+    return ca.Function("step", [u, push, A, B, h], [u1])
+
+
+def imex(theta, data, size):
+    u0, N = theta["u0"], size.N
+    saves, every, first = clock(size)
+    steps = saves * every
+    lam = eigenvalues(N)
+    z = size.dt * theta["alpha"] * ca.DM(lam[:, None] + lam)
+    h = z / (1 - z)  # 0 for the mean, so that 300 steps do not see Q^T Q = 1 + rounding
+    forced = ca.DM(FORCING * (np.arange(steps)[None] >= first))
+    parameters = ca.kron(forced, data["disc"]), *(ca.repmat(p, 1, steps) for p in (theta["A"], theta["B"], h))
+    u = step(size).mapaccum(steps)(u0, *parameters)  # (N, 2 N steps)
+    saved = ca.horzcat(u0, *ca.horzsplit(u, 2 * N)[every - 1 :: every])
+    return ca.sumsqr(1 - saved) / 2
+
+
+IMPLEMENTATION = {
+    "rhs": {"mx": Implementation(rhs)},
+    "imex": {"mx": Implementation(imex)},
+}
