@@ -113,7 +113,7 @@ class Backend(ABC):
 
     @abstractmethod
     def primal(self, loss: Loss) -> Loss:
-        """The loss as this library runs it without differentiating."""
+        """The loss as this library runs it without differentiating; `<strategy>_primal` where a strategy has its own way."""
 
     def where(self, array) -> str:
         """The kind of device that holds the library's array: cpu or cuda."""

@@ -30,23 +30,29 @@ class CasADi(Backend):
         return result
 
     def primal(self, loss):
-        return self.function(loss, False)
+        return self._function(loss, False)
 
     def tape(self, loss):
-        return self.function(loss, True)
+        return self._function(loss, True)
 
     def compile(self, loss):
+        return self._function(loss, True, self._by_compiler())
+
+    def compile_primal(self, loss):
+        return self._function(loss, False, self._by_compiler())
+
+    def _by_compiler(self):
         compiler = next(filter(None, map(shutil.which, self.programs["compile"])))
         options = {"compiler": compiler, "flags": ["-O3", "-march=native"]}
-        return self.function(loss, True, {"jit": True, "compiler": "shell", "jit_options": options})
+        return {"jit": True, "compiler": "shell", "jit_options": options}
 
-    def function(self, loss, differentiate, options=None):
+    def _function(self, loss, differentiate, options=None):
         """The graph is built from the shapes at the first call. Buffer() then runs on NumPy's memory without copies."""
         built = []
 
         def call(theta, data):
             if not built:
-                f = self.build(loss, theta, data, differentiate, options or {})
+                f = self._build(loss, theta, data, differentiate, options or {})
                 built.extend([f, *f.buffer()])
             _, buffer, run = built
             arrays = [np.ascontiguousarray(a) for a in (*theta.values(), *data.values()) if a.dtype.kind == "f"]
@@ -62,7 +68,7 @@ class CasADi(Backend):
 
         return call
 
-    def build(self, loss, theta, data, differentiate, options):
+    def _build(self, loss, theta, data, differentiate, options):
         ca = self.casadi
         inputs = [
             {name: ca.MX.sym(name, *storage(a.shape)) for name, a in arrays.items() if a.dtype.kind == "f"}
