@@ -416,9 +416,42 @@ def _missing(text):
     return missing + re.findall(r"^@\"?([^\s\"]+)\"? = external", text, re.M)
 
 
+# A product is told by eight words in memory. In the IR below `STORE` with eight values writes them, `LOAD` reads them, and
+# `EXTENTS` says how many bytes the three matrices have.
+WORDS = ("ta", "tb", "m", "n", "k", "lda", "ldb", "ldc")
+LOAD = "".join(
+    f"  %{w}.at = getelementptr i64, ptr %s, i64 {i}\n  %{w} = load i64, ptr %{w}.at\n" for i, w in enumerate(WORDS)
+)
+EXTENTS = """  %a.plain = icmp eq i64 %ta, 110
+  %b.plain = icmp eq i64 %tb, 110
+  %a.columns = select i1 %a.plain, i64 %k, i64 %m
+  %b.columns = select i1 %b.plain, i64 %n, i64 %k
+  %a.entries = mul i64 %a.columns, %lda
+  %b.entries = mul i64 %b.columns, %ldb
+  %c.entries = mul i64 %n, %ldc
+  %a.bytes = mul i64 %a.entries, SIZE
+  %b.bytes = mul i64 %b.entries, SIZE
+  %c.bytes = mul i64 %c.entries, SIZE
+"""
+
+
+def _store(values):
+    return "".join(
+        f"  %s{i} = getelementptr i64, ptr %s, i64 {i}\n  store i64 {v}, ptr %s{i}\n"
+        for i, v in enumerate(values.split())
+    )
+
+
+def _ir(text):
+    """The text with its words written out; labels are named b? and b!, whether and what is done."""
+    text = text.replace("?", ".if").replace("!", ".do")
+    text = text.replace("LOAD\n", LOAD).replace("EXTENTS\n", EXTENTS)
+    return re.sub(r"^STORE (.*)\n", lambda m: _store(m[1]), text, flags=re.M)
+
+
 # Numba's run-time functions, for Enzyme: memory from `take`, all of BLAS as one product, which has a rule.
 OURS = {"take", "gemm.double", "gemm.float"}
-NUMBA = r"""
+NUMBA = _ir(r"""
 declare noalias nonnull ptr @take(i64) nounwind allocsize(0)
 declare void @gemm.double(ptr, ptr, ptr, ptr)
 declare void @gemm.float(ptr, ptr, ptr, ptr)
@@ -461,22 +494,7 @@ define i32 @numba_xxgemm(i8 %kind, i8 %ta, i8 %tb, i64 %m, i64 %n, i64 %k, ptr %
   %s = alloca [8 x i64]
   %ta.word = zext i8 %ta to i64
   %tb.word = zext i8 %tb to i64
-  %s0 = getelementptr i64, ptr %s, i64 0
-  store i64 %ta.word, ptr %s0
-  %s1 = getelementptr i64, ptr %s, i64 1
-  store i64 %tb.word, ptr %s1
-  %s2 = getelementptr i64, ptr %s, i64 2
-  store i64 %m, ptr %s2
-  %s3 = getelementptr i64, ptr %s, i64 3
-  store i64 %n, ptr %s3
-  %s4 = getelementptr i64, ptr %s, i64 4
-  store i64 %k, ptr %s4
-  %s5 = getelementptr i64, ptr %s, i64 5
-  store i64 %lda, ptr %s5
-  %s6 = getelementptr i64, ptr %s, i64 6
-  store i64 %ldb, ptr %s6
-  %s7 = getelementptr i64, ptr %s, i64 7
-  store i64 %ldc, ptr %s7
+STORE %ta.word %tb.word %m %n %k %lda %ldb %ldc
   call void @gemm(i8 %kind, ptr %s, ptr %a, ptr %b, ptr %c)
   ret i32 0
 }
@@ -487,44 +505,14 @@ define i32 @numba_xxgemv(i8 %kind, i8 %trans, i64 %m, i64 %n, ptr %alpha, ptr %a
   %plain = icmp eq i8 %trans, 110
   %rows = select i1 %plain, i64 %m, i64 %n
   %columns = select i1 %plain, i64 %n, i64 %m
-  %s0 = getelementptr i64, ptr %s, i64 0
-  store i64 %trans.word, ptr %s0
-  %s1 = getelementptr i64, ptr %s, i64 1
-  store i64 110, ptr %s1
-  %s2 = getelementptr i64, ptr %s, i64 2
-  store i64 %rows, ptr %s2
-  %s3 = getelementptr i64, ptr %s, i64 3
-  store i64 1, ptr %s3
-  %s4 = getelementptr i64, ptr %s, i64 4
-  store i64 %columns, ptr %s4
-  %s5 = getelementptr i64, ptr %s, i64 5
-  store i64 %lda, ptr %s5
-  %s6 = getelementptr i64, ptr %s, i64 6
-  store i64 %columns, ptr %s6
-  %s7 = getelementptr i64, ptr %s, i64 7
-  store i64 %rows, ptr %s7
+STORE %trans.word 110 %rows 1 %columns %lda %columns %rows
   call void @gemm(i8 %kind, ptr %s, ptr %a, ptr %x, ptr %y)
   ret i32 0
 }
 
 define i32 @numba_xxdot(i8 %kind, i8 %conjugate, i64 %n, ptr %x, ptr %y, ptr %out) alwaysinline {
   %s = alloca [8 x i64]
-  %s0 = getelementptr i64, ptr %s, i64 0
-  store i64 116, ptr %s0
-  %s1 = getelementptr i64, ptr %s, i64 1
-  store i64 110, ptr %s1
-  %s2 = getelementptr i64, ptr %s, i64 2
-  store i64 1, ptr %s2
-  %s3 = getelementptr i64, ptr %s, i64 3
-  store i64 1, ptr %s3
-  %s4 = getelementptr i64, ptr %s, i64 4
-  store i64 %n, ptr %s4
-  %s5 = getelementptr i64, ptr %s, i64 5
-  store i64 %n, ptr %s5
-  %s6 = getelementptr i64, ptr %s, i64 6
-  store i64 %n, ptr %s6
-  %s7 = getelementptr i64, ptr %s, i64 7
-  store i64 1, ptr %s7
+STORE 116 110 1 1 %n %n %n 1
   call void @gemm(i8 %kind, ptr %s, ptr %x, ptr %y, ptr %out)
   ret i32 0
 }
@@ -587,7 +575,7 @@ define void @Py_FatalError(ptr %text) alwaysinline {
   call void @llvm.trap()
   unreachable
 }
-"""  # noqa: E501
+""")  # noqa: E501
 
 
 # What is compiled with the core: memory and BLAS. `take` lists its blocks, `end` frees them. One call at a time.
@@ -648,7 +636,7 @@ done:
 # C = op(A) op(B), Fortran order, by the BLAS that Numba itself calls (SciPy's), at its address. The first pointer is to eight
 # words, ta, tb, m, n, k, lda, ldb, ldc, because Enzyme passes numbers to a rule in two ways. A, B and the words are kept
 # for the reverse pass: the kernel may overwrite them. What is not differentiated is its own shadow: it gets nothing.
-GEMM = r"""
+GEMM = _ir(r"""
 @zero.TYPE = internal constant TYPE 0.0
 @one.TYPE = internal constant TYPE 1.0
 @__enzyme_register_gradient_TYPE = global [3 x ptr] [ptr @gemm.TYPE, ptr @gemm_keep, ptr @gemm_reverse]
@@ -662,53 +650,14 @@ define internal void @blas.TYPE(i1 %add, i64 %ta, i64 %tb, i64 %m, i64 %n, i64 %
 }
 
 define internal void @gemm.TYPE(ptr %s, ptr %a, ptr %b, ptr %c) noinline {
-  %ta.at = getelementptr i64, ptr %s, i64 0
-  %ta = load i64, ptr %ta.at
-  %tb.at = getelementptr i64, ptr %s, i64 1
-  %tb = load i64, ptr %tb.at
-  %m.at = getelementptr i64, ptr %s, i64 2
-  %m = load i64, ptr %m.at
-  %n.at = getelementptr i64, ptr %s, i64 3
-  %n = load i64, ptr %n.at
-  %k.at = getelementptr i64, ptr %s, i64 4
-  %k = load i64, ptr %k.at
-  %lda.at = getelementptr i64, ptr %s, i64 5
-  %lda = load i64, ptr %lda.at
-  %ldb.at = getelementptr i64, ptr %s, i64 6
-  %ldb = load i64, ptr %ldb.at
-  %ldc.at = getelementptr i64, ptr %s, i64 7
-  %ldc = load i64, ptr %ldc.at
+LOAD
   call void @blas.TYPE(i1 false, i64 %ta, i64 %tb, i64 %m, i64 %n, i64 %k, ptr %a, i64 %lda, ptr %b, i64 %ldb, ptr %c, i64 %ldc)
   ret void
 }
 
 define internal ptr @gemm_keep(ptr %s, ptr %ds, ptr %a, ptr %da, ptr %b, ptr %db, ptr %c, ptr %dc) noinline {
-  %ta.at = getelementptr i64, ptr %s, i64 0
-  %ta = load i64, ptr %ta.at
-  %tb.at = getelementptr i64, ptr %s, i64 1
-  %tb = load i64, ptr %tb.at
-  %m.at = getelementptr i64, ptr %s, i64 2
-  %m = load i64, ptr %m.at
-  %n.at = getelementptr i64, ptr %s, i64 3
-  %n = load i64, ptr %n.at
-  %k.at = getelementptr i64, ptr %s, i64 4
-  %k = load i64, ptr %k.at
-  %lda.at = getelementptr i64, ptr %s, i64 5
-  %lda = load i64, ptr %lda.at
-  %ldb.at = getelementptr i64, ptr %s, i64 6
-  %ldb = load i64, ptr %ldb.at
-  %ldc.at = getelementptr i64, ptr %s, i64 7
-  %ldc = load i64, ptr %ldc.at
-  %a.plain = icmp eq i64 %ta, 110
-  %b.plain = icmp eq i64 %tb, 110
-  %a.columns = select i1 %a.plain, i64 %k, i64 %m
-  %b.columns = select i1 %b.plain, i64 %n, i64 %k
-  %a.entries = mul i64 %a.columns, %lda
-  %b.entries = mul i64 %b.columns, %ldb
-  %c.entries = mul i64 %n, %ldc
-  %a.bytes = mul i64 %a.entries, SIZE
-  %b.bytes = mul i64 %b.entries, SIZE
-  %c.bytes = mul i64 %c.entries, SIZE
+LOAD
+EXTENTS
   call void @gemm.TYPE(ptr %s, ptr %a, ptr %b, ptr %c)
   %both = add i64 %a.bytes, %b.bytes
   %bytes = add i64 %both, 128
@@ -722,32 +671,8 @@ define internal ptr @gemm_keep(ptr %s, ptr %ds, ptr %a, ptr %da, ptr %b, ptr %db
 }
 
 define internal void @gemm_reverse(ptr %_s, ptr %ds, ptr %a, ptr %da, ptr %b, ptr %db, ptr %c, ptr %dc, ptr %s) noinline {
-  %ta.at = getelementptr i64, ptr %s, i64 0
-  %ta = load i64, ptr %ta.at
-  %tb.at = getelementptr i64, ptr %s, i64 1
-  %tb = load i64, ptr %tb.at
-  %m.at = getelementptr i64, ptr %s, i64 2
-  %m = load i64, ptr %m.at
-  %n.at = getelementptr i64, ptr %s, i64 3
-  %n = load i64, ptr %n.at
-  %k.at = getelementptr i64, ptr %s, i64 4
-  %k = load i64, ptr %k.at
-  %lda.at = getelementptr i64, ptr %s, i64 5
-  %lda = load i64, ptr %lda.at
-  %ldb.at = getelementptr i64, ptr %s, i64 6
-  %ldb = load i64, ptr %ldb.at
-  %ldc.at = getelementptr i64, ptr %s, i64 7
-  %ldc = load i64, ptr %ldc.at
-  %a.plain = icmp eq i64 %ta, 110
-  %b.plain = icmp eq i64 %tb, 110
-  %a.columns = select i1 %a.plain, i64 %k, i64 %m
-  %b.columns = select i1 %b.plain, i64 %n, i64 %k
-  %a.entries = mul i64 %a.columns, %lda
-  %b.entries = mul i64 %b.columns, %ldb
-  %c.entries = mul i64 %n, %ldc
-  %a.bytes = mul i64 %a.entries, SIZE
-  %b.bytes = mul i64 %b.entries, SIZE
-  %c.bytes = mul i64 %c.entries, SIZE
+LOAD
+EXTENTS
   %kept.a = getelementptr i8, ptr %s, i64 128
   %kept.b = getelementptr i8, ptr %kept.a, i64 %a.bytes
   %ta.not = select i1 %a.plain, i64 116, i64 110
@@ -783,30 +708,15 @@ end:
   call void @free(ptr %s)
   ret void
 }
-""".replace("?", ".if").replace("!", ".do")  # noqa: E501
+""")  # noqa: E501
 
 
 # The same as loops. In forward mode Enzyme (enzyme-ad 0.0.16) takes no rule for a function that returns nothing, but it
 # differentiates this.
-GEMM_LOOPS = r"""
+GEMM_LOOPS = _ir(r"""
 define internal void @gemm.TYPE(ptr %s, ptr %a, ptr %b, ptr %c) {
 entry:
-  %ta.at = getelementptr i64, ptr %s, i64 0
-  %ta = load i64, ptr %ta.at
-  %tb.at = getelementptr i64, ptr %s, i64 1
-  %tb = load i64, ptr %tb.at
-  %m.at = getelementptr i64, ptr %s, i64 2
-  %m = load i64, ptr %m.at
-  %n.at = getelementptr i64, ptr %s, i64 3
-  %n = load i64, ptr %n.at
-  %k.at = getelementptr i64, ptr %s, i64 4
-  %k = load i64, ptr %k.at
-  %lda.at = getelementptr i64, ptr %s, i64 5
-  %lda = load i64, ptr %lda.at
-  %ldb.at = getelementptr i64, ptr %s, i64 6
-  %ldb = load i64, ptr %ldb.at
-  %ldc.at = getelementptr i64, ptr %s, i64 7
-  %ldc = load i64, ptr %ldc.at
+LOAD
   %a.plain = icmp eq i64 %ta, 110
   %b.plain = icmp eq i64 %tb, 110
   %a.row = select i1 %a.plain, i64 1, i64 %lda
@@ -855,7 +765,7 @@ column.end:
 end:
   ret void
 }
-"""  # noqa: E501
+""")  # noqa: E501
 
 
 # The entry points: void(result, options, parameters, buffers, status, profile), XLA's convention for compiled code
@@ -1141,7 +1051,6 @@ class Enzyme(Backend):
         flags = "" if threads > 1 else "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         return {
             "NUMBA_OPT": "0",  # LLVM optimises after differentiating: loops that are unrolled already are slower then
-            "NUMBA_NUM_THREADS": str(threads),
             "NUMBA_CACHE_DIR": "",
             # What Enzyme keeps for the reverse pass is freed after each call. glibc then gives it back to the kernel, and the
             # page faults of the next call are half of its time (shallow_ice.ude, N = 32).

@@ -11,7 +11,7 @@ class Numba(Backend):
 
     @staticmethod
     def environ(threads):
-        return {"NUMBA_NUM_THREADS": str(threads), "NUMBA_CACHE_DIR": ""}
+        return {"NUMBA_CACHE_DIR": ""}
 
     def __init__(self, device):
         import numba  # noqa: F401 - to fail here, not in the middle of a cell

@@ -63,7 +63,7 @@ class Torch(Backend):
         return derivative
 
     def forward(self, loss):
-        """jvp under vmap, 64 tangents at once. torch.func.jacfwd does that too, but holds all of them, n^2 numbers."""
+        """jvp under vmap, 64 tangents at once; torch.func.jacfwd takes all of them at once, n^2 numbers."""
         torch = self.torch
 
         def derivative(theta, data):

@@ -249,16 +249,21 @@ def size_of(cell: Cell) -> Any:
         raise UserError(f"{cell.name} cannot have the size {cell.size}: {e}.") from None
 
 
+@cache
+def installed(distribution: str) -> bool:
+    """Asked once a run: it searches the whole path, and every cell of a listing asks."""
+    return any(importlib.metadata.Distribution.discover(name=distribution))
+
+
 def known_status(cell: Cell) -> tuple[str, str]:
     """(status, sentence) where they are known without running, else ("", "")."""
+    where = implementation_file(cell.problem, cell.backend).relative_to(ROOT)
     if not cell.form:
-        where = implementation_file(cell.problem, cell.backend).relative_to(ROOT)
         return "missing", f"Nobody wrote {cell.name} for {cell.backend} yet: add it to {where}."
     form = outline(cell.problem, cell.backend)[cell.task][cell.form]
     if cell.strategy in form.unsupported:
         return "unsupported", form.unsupported[cell.strategy]
     if cell.strategy in BY_HAND and cell.strategy not in form.strategies:
-        where = implementation_file(cell.problem, cell.backend).relative_to(ROOT)
         return "missing", BY_HAND[cell.strategy].format(name=cell.name, where=where)
     library = backend(cell.backend)
     if cell.device not in library.devices:
@@ -267,7 +272,7 @@ def known_status(cell: Cell) -> tuple[str, str]:
             f"{cell.backend} runs on {' and '.join(library.devices)} only; leave out device={cell.device}.",
         )
     for name in library.requires:
-        if not any(importlib.metadata.Distribution.discover(name=name)):
+        if not installed(name):
             return (
                 "unavailable",
                 f"The library {name} is not installed; install it with pip install {name} -c constraints.txt.",

@@ -6,9 +6,6 @@ import os
 import numpy as np
 import pytest
 
-from backends.enzyme_backend import Enzyme
-
-os.environ |= {name: os.environ.get(name, value) for name, value in Enzyme.environ(1).items() if value}
 pytest.importorskip("enzyme_ad.jax")
 
 import jax  # noqa: E402
