@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import math
 import os
 import re
 import time
@@ -35,6 +36,10 @@ class Wrong(Exception):
         self.result = result
 
 
+class Timeout(Exception):
+    """It cannot end within the limit."""
+
+
 class Unavailable(Exception):
     """The library or the device is absent."""
 
@@ -50,6 +55,8 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     on = tuple({name: backend.put(a.copy()) for name, a in arrays.items()} for arrays in (theta, data))
 
     stage("first call")
+    if spec["backend"] == "numpy":
+        check_affordable(bind(implementation.loss, size, None), on[0], on[1], spec)
     began = time.perf_counter()
     derivative, work = prepared(backend, implementation, spec["strategy"], size, theta, data)
     out = backend.wait(derivative(*on))
@@ -218,6 +225,17 @@ def save(path: str, arrays: dict) -> None:
 
 
 # Rules of measurement
+
+
+def check_affordable(loss: Callable, theta: dict, data: dict, spec: dict) -> None:
+    """The statement, which compiles nothing, is run for each entry of theta: two runs tell whether the limit would break."""
+    took = min(clock(lambda: loss(theta, data), 1)[0] for _ in range(2))
+    entries = sum(block.size for block in theta.values())
+    if entries * took > spec.get("limit_s", math.inf):
+        raise Timeout(
+            f"Not run: one primal takes {took:.2g} s, and each of the {entries} entries of theta needs at least one; "
+            f"the limit is {spec['limit_s']:.0f} s"
+        )
 
 
 def check_waited(backend: Any, step: Callable, out: Any, took: float) -> None:

@@ -29,7 +29,7 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
     except NoReference as e:
         return record(cell, began, status=e.status if e.status in ("timeout", "oom") else "error", reason=e.reason)
     environ = backend(cell.backend).environ(cell.threads)
-    spec = _spec(cell, judge, budget, least)
+    spec = spec_of(cell, judge, budget, least) | {"limit_s": limit}
     found, measured = [], 0.0
     last: dict = {}
     while len(found) < number and (not found or time.monotonic() - began < ENOUGH_S):
@@ -61,12 +61,12 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
 
 def attempt(cell: Cell, limit: float) -> tuple[str, str]:
     """(status, sentence) of one call of a cell, even one whose author declares it unsupported: what a test checks him by."""
-    spec = _spec(cell, reference(cell), 0.0, 1)
+    spec = spec_of(cell, reference(cell), 0.0, 1)
     result = processes.run("measure", spec, backend(cell.backend).environ(cell.threads), cell.threads, limit)
     return result["status"], result["reason"]
 
 
-def _spec(cell: Cell, judge: Reference, budget: float, least: int) -> dict:
+def spec_of(cell: Cell, judge: Reference, budget: float, least: int) -> dict:
     """What a worker is told."""
     size = size_of(cell)
     return {

@@ -23,7 +23,7 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
     """The result of one worker, always with `status` and `reason`; wall seconds as `wall_s`."""
     with tempfile.TemporaryDirectory(prefix="adphys-") as folder:
         spec_path, out_path, log = (Path(folder) / name for name in ("spec.json", "out.jsonl", "log"))
-        spec_path.write_text(json.dumps(spec | {"mode": mode, "cpus": cpus(threads)}))
+        spec_path.write_text(json.dumps({"mode": mode, "cpus": cpus(threads)} | spec))
         began = time.monotonic()
         with log.open("wb") as sink:
             process = subprocess.Popen(

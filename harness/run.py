@@ -1,12 +1,16 @@
 """A run: the cells of a preset in random order, one at a time, into one ledger file; and going on with one that was killed."""
 
+import os
 import random
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -15,7 +19,7 @@ from harness.cells import APPROXIMATE_OR_SLOW, SIZES, Cell, backend, backends, c
 from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
 from harness.machine import commit, lock_hash, machine, machine_class
 from harness.measure import key, measure, measure_floor, record
-from harness.reference import NoReference
+from harness.reference import NoReference, reference
 from harness.statistics import summary
 
 
@@ -30,7 +34,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(("small",), False, False, budget=1.0, processes=1, limit=20.0),
+    "quick": Preset(("small",), False, False, budget=0.5, processes=1, limit=20.0),
     "default": Preset(("small", "large"), True, False, budget=1.0, processes=2, limit=60.0),
     "full": Preset(SIZES, True, True, budget=2.0, processes=3, limit=600.0),
 }
@@ -125,6 +129,7 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
         console.print(
             f"{before.torn} " * bool(before.torn) + f"{len(records)} cells are in the ledger; {len(todo)} are left."
         )
+    _references(todo, console)
     _floors(writer, context, before, [known[a] for a in context.plan], console)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as progress:
@@ -144,6 +149,30 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
         f"{len(records)} cells in {_duration(wall)}, {measured / max(wall, 1e-9):.0%} of it inside first and measured calls."
     )
     return list(records.values())
+
+
+def _references(todo: list[Cell], console: Console) -> None:
+    """All judges first, tasks side by side: they are not timed, and nothing may run beside a cell that is."""
+    by_task: dict[str, list[Cell]] = {}
+    for cell in todo:
+        if not known_status(cell)[0]:
+            by_task.setdefault(cell.name, []).append(cell)
+
+    def make(some: list[Cell]) -> None:
+        for cell in some:
+            with suppress(NoReference):  # the cell itself says so
+                reference(cell)
+
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        with console.status("Computing the references that judge the gradients"):
+            list(pool.map(make, by_task.values()))
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in psutil.Process().children():
+            child.kill()
+        raise
+    pool.shutdown()
 
 
 def _measure(cell: Cell, context: Context, records: dict[str, CellRecord]) -> CellRecord:

@@ -44,7 +44,7 @@ def failure(e: BaseException) -> dict:
         or "out of memory" in said
     ):
         return {"status": "oom", "reason": f"Memory ran out: {said}"}
-    if type(e).__name__ in ("Invalid", "Wrong", "Diverged", "Unavailable"):
+    if type(e).__name__ in ("Invalid", "Wrong", "Diverged", "Timeout", "Unavailable"):
         return {"status": type(e).__name__.lower(), "reason": " ".join(str(e).split()), **vars(e).get("result", {})}
     return {"status": "error", "reason": said}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 
 import numpy as np
@@ -277,6 +278,12 @@ def test_a_worker_that_hangs_is_a_timeout(faults):
     (said,) = faults.measure(fault("forever"), limit=2.0)
     assert said["status"] == "timeout" and "2 s" in said["reason"] and "first call" in said["reason"]
     assert said["processes"] == [] and 2 <= said["measured_s"] <= said["wall_s"]
+
+
+def test_entries_too_many_for_the_limit_are_a_timeout_after_two_primals(tree):
+    [found] = tree.measure("brusselator.rhs/numpy/complex_step@N=200", limit=10.0)
+    assert (found["status"], found["processes"]) == ("timeout", [])
+    assert re.fullmatch(r"Not run: one primal takes \S+ s, and each of the 80002 entries .* is 10 s\.", found["reason"])
 
 
 def test_a_library_that_is_absent_is_unavailable(tree):
