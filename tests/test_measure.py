@@ -283,7 +283,7 @@ def test_a_worker_that_hangs_is_a_timeout(faults):
 def test_entries_too_many_for_the_limit_are_a_timeout_after_two_primals(tree):
     [found] = tree.measure("brusselator.rhs/numpy/complex_step@N=200", limit=10.0)
     assert (found["status"], found["processes"]) == ("timeout", [])
-    assert re.fullmatch(r"Not run: one primal takes \S+ s, and each of the 80002 entries .* is 10 s\.", found["reason"])
+    assert re.fullmatch(r"Not run: one primal takes \S+ s, and each of the 80003 entries .* is 10 s\.", found["reason"])
 
 
 def test_a_library_that_is_absent_is_unavailable(tree):
