@@ -90,6 +90,8 @@ class Backend(ABC):
     env: ClassVar[str] = "main"  # the environment whose interpreter runs the workers
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     programs: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # strategy -> compilers, of which it needs one
+    # NumPy's and SciPy's modules -> the library's own, with which the statement is tried as it is; None: it takes no NumPy code
+    namespace: ClassVar[Mapping[str, str] | None] = None
 
     @staticmethod
     def environ(threads: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ from backends import Backend
 
 class Autograd(Backend):
     requires = ("autograd", "numpy", "scipy")
+    namespace = {"numpy": "autograd.numpy", "scipy.fft": "autograd.numpy.fft"}
 
     def __init__(self, device):
         import autograd

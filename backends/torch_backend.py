@@ -6,6 +6,7 @@ from backends import Backend
 class Torch(Backend):
     requires = ("torch", "numpy", "scipy")
     devices = ("cpu", "cuda")
+    namespace = {"numpy": "torch", "scipy.fft": "torch.fft"}
 
     @staticmethod
     def environ(threads):

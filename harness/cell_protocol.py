@@ -11,8 +11,11 @@ import importlib
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -51,7 +54,7 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     """One process of a cell: everything that its record holds."""
     task, size, theta, data = load_inputs(spec)
     backend = construct(spec)
-    implementation = load_implementation(spec)
+    implementation = load_statement(spec, backend) if spec.get("as_is") else load_implementation(spec)
     on = tuple({name: backend.put(a.copy()) for name, a in arrays.items()} for arrays in (theta, data))
 
     stage("first call")
@@ -191,6 +194,16 @@ def load_implementation(spec: dict) -> Implementation:
     return module.IMPLEMENTATION[spec["task"]][spec["form"]]
 
 
+def load_statement(spec: dict, backend: Any) -> Implementation:
+    """A form of the statement as it is, but that the library's own NumPy stands where it imported NumPy."""
+    module, file = ModuleType("statement"), importlib.import_module(f"problems.{spec['problem']}").__file__
+    exec(compile(Path(file or "").read_text(), file or "", "exec"), vars(module))
+    for name, value in list(vars(module).items()):
+        if isinstance(value, ModuleType) and value.__name__ in backend.namespace:
+            setattr(module, name, importlib.import_module(backend.namespace[value.__name__]))
+    return Implementation(module.TASKS[spec["task"]].forms[spec["form"]])
+
+
 def prepared(
     backend: Any, implementation: Implementation, strategy: str, size: Any, theta: dict, data: dict
 ) -> tuple[Callable, Any]:
@@ -218,7 +231,7 @@ def number(backend: Any, x: Any) -> np.ndarray:
 
 
 def save(path: str, arrays: dict) -> None:
-    part = f"{path}.{os.getpid()}"  # another run may be making the same
+    part = f"{path}.{os.getpid()}.{threading.get_ident()}"  # another run, or thread, may be making the same
     with open(part, "wb") as f:
         np.savez(f, **arrays)
     os.replace(part, path)

@@ -121,6 +121,25 @@ class CellRecord(Record):
     measured_s: float = Field(description="the part of wall_s inside first calls and samples")
 
 
+class AsIs(Record):
+    """What came of giving a library a form of the statement unmodified, its own NumPy in the place of NumPy."""
+
+    kind: Literal["as_is"] = "as_is"
+    key: str = Field(description="as that of a cell")
+    problem: str
+    task: str
+    backend: str
+    form: str = Field(description="of the statement: array, inplace, loops")
+    strategy: str
+    size: str
+    status: Status = Field(description="ok: it runs as is; wrong: silently wrong; else it was refused")
+    reason: str = Field(description="the error that it was refused with, or what is wrong")
+    error: float | None = Field(None, description="of the gradient, where there was one: the worst block's")
+    commit: str | None
+    dirty: bool | None
+    finished: str
+
+
 class Floor(Record):
     """The bandwidth floor of a task at a size: a = b + s c in Numba over arrays of its largest block."""
 
@@ -166,8 +185,8 @@ class End(Record):
     measured_s: float
 
 
-AnyRecord = Annotated[Context | CellRecord | Floor | End, Field(discriminator="kind")]
-RECORD: TypeAdapter[Context | CellRecord | Floor | End] = TypeAdapter(AnyRecord)
+Line = Context | CellRecord | AsIs | Floor | End
+RECORD: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
 class Run:
@@ -179,12 +198,15 @@ class Run:
         context = None
         self.end: End | None = None
         self.cells: dict[str, CellRecord] = {}  # address -> the last record
+        self.as_is: list[AsIs] = []
         self.floors: list[Floor] = []
         for record in self._records():
             if isinstance(record, Context):
                 context = record
             elif isinstance(record, CellRecord):
                 self.cells[record.cell] = record
+            elif isinstance(record, AsIs):
+                self.as_is.append(record)
             elif isinstance(record, Floor):
                 self.floors.append(record)
             else:
@@ -195,7 +217,7 @@ class Run:
             )
         self.context: Context = context
 
-    def _records(self) -> Iterator[Context | CellRecord | Floor | End]:
+    def _records(self) -> Iterator[Line]:
         try:
             lines = self.path.read_bytes().split(b"\n")  # bytes: a torn line may end within a character
         except OSError as e:
@@ -234,7 +256,7 @@ class Writer:
                 f"The ledger {self.path} cannot be written: {e.strerror}; make {folder} writable."
             ) from None
 
-    def append(self, record: Context | CellRecord | Floor | End) -> None:
+    def append(self, record: Line) -> None:
         try:
             self.file.write(record.model_dump_json(by_alias=True) + "\n")
             self.file.flush()
@@ -280,7 +302,7 @@ def schema() -> str:
 def readme() -> str:
     """results/README.md: `python -m harness.ledger > results/README.md`."""
     text = ["# Results", __doc__, _MORE.format(schema=SCHEMA)]
-    for model in (Context, CellRecord, Process, Samples, Memory, Block, Floor, End):
+    for model in (Context, CellRecord, Process, Samples, Memory, Block, AsIs, Floor, End):
         rows = "\n".join(_row(f.alias or name, f) for name, f in model.model_fields.items())
         text += [f"## {model.__name__}", model.__doc__ or "", f"| field | type | what |\n|---|---|---|\n{rows}"]
     return "\n\n".join(part.strip() for part in text) + "\n"
@@ -298,8 +320,8 @@ _MORE = """\
 (`adphys export-asv`, `adphys report`). A folder in it is a machine class: CPU model, cores, memory, GPU. Numbers of
 different classes are never compared.
 
-Every line is one JSON object without NaN or infinity; `kind` says which of the records below it is (context, cell, floor,
-end). Where an address has several cell records, the last one counts. Readers ignore fields that they do not know; what
+Every line is one JSON object without NaN or infinity; `kind` says which of the records below it is (context, cell, as_is,
+floor, end). Where an address has several cell records, the last one counts. Readers ignore fields that they do not know; what
 an existing field means changes only with `schema`, now {schema}. A cell that is not `ok` has no times.
 `harness.ledger.schema()` returns all of this as a JSON Schema."""
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from harness import PROTOCOL, ROOT, processes
 from harness.cells import Cell, backend, known_status, modules, size_of
-from harness.ledger import CellRecord, Floor
+from harness.ledger import AsIs, CellRecord, Floor
 from harness.machine import commit, load, lock_hash, machine_class
 from harness.reference import NoReference, Reference, inputs, reference
 from harness.source import changed, lines
@@ -59,11 +59,29 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
     )
 
 
-def attempt(cell: Cell, limit: float) -> tuple[str, str]:
-    """(status, sentence) of one call of a cell, even one whose author declares it unsupported: what a test checks him by."""
-    spec = spec_of(cell, reference(cell), 0.0, 1)
-    result = processes.run("measure", spec, backend(cell.backend).environ(cell.threads), cell.threads, limit)
-    return result["status"], result["reason"]
+def attempt(cell: Cell, limit: float, **more) -> dict:
+    """One call of a cell, judged, even one whose author declares it unsupported: what a test checks him by."""
+    spec = spec_of(cell, reference(cell), 0.0, 1) | more
+    return processes.run("measure", spec, backend(cell.backend).environ(cell.threads), cell.threads, limit)
+
+
+def as_is(cell: Cell, limit: float) -> AsIs:
+    """What comes of giving a library a form of the statement unmodified: the cell names both, and no implementation."""
+    try:
+        result = attempt(cell, limit, as_is=True, cpus=processes.everywhere())
+    except NoReference as e:
+        result = {"status": "error", "reason": e.reason}
+    head, dirty = commit()
+    return AsIs.model_validate(
+        {name: getattr(cell, name) for name in ("problem", "task", "backend", "form", "strategy", "size")}
+        | {name: result.get(name) for name in ("status", "reason", "error")}
+        | {
+            "key": key(cell),
+            "commit": head,
+            "dirty": dirty,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
 
 
 def spec_of(cell: Cell, judge: Reference, budget: float, least: int) -> dict:

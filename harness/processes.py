@@ -60,6 +60,11 @@ def cpus(threads: int) -> list[int]:
     return sorted(os.sched_getaffinity(0))[-threads:]
 
 
+def everywhere() -> list[int]:
+    """For what is not timed, so that several can run at once."""
+    return sorted(os.sched_getaffinity(0))
+
+
 def thread_environ(threads: int) -> dict[str, str]:
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "NUMBA_NUM_THREADS")
     return dict.fromkeys(names, str(threads))

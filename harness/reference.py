@@ -131,8 +131,7 @@ def _directions(cell: Cell, size: tuple, h: float | None = None) -> str:
 
 
 def _compute(mode: str, spec: dict, environ: dict[str, str]) -> None:
-    # wherever there is room: references are not timed, and several are made at once
-    result = processes.run(mode, spec | {"cpus": sorted(os.sched_getaffinity(0))}, environ, 1, LIMIT_S)
+    result = processes.run(mode, spec | {"cpus": processes.everywhere()}, environ, 1, LIMIT_S)
     if result["status"] != "ok":
         raise NoReference(result["status"], f"Its reference could not be computed: {result['reason']}")
 

@@ -1,11 +1,10 @@
 """A run: the cells of a preset in random order, one at a time, into one ledger file; and going on with one that was killed."""
 
-import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +17,8 @@ from harness import PROTOCOL, UserError
 from harness.cells import APPROXIMATE_OR_SLOW, SIZES, Cell, backend, backends, cells, known_status, tasks
 from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
 from harness.machine import commit, lock_hash, machine, machine_class
-from harness.measure import key, measure, measure_floor, record
+from harness.measure import as_is, key, measure, measure_floor, record
+from harness.processes import everywhere
 from harness.reference import NoReference, reference
 from harness.statistics import summary
 
@@ -26,7 +26,7 @@ from harness.statistics import summary
 @dataclass(frozen=True)
 class Preset:
     sizes: tuple[str, ...]
-    every_way: bool  # else natural form and main strategy only
+    every_way: bool  # and the statement as it is; else natural form and main strategy only
     sweep: bool
     budget: float
     processes: int
@@ -141,6 +141,7 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
             found = records[cell.address] = _measure(cell, context, records)
             writer.append(found)
             progress.console.print(line(found), soft_wrap=True, highlight=False)
+    _as_is(writer, context, before, [known[a] for a in context.plan], console)
     wall = time.monotonic() - began + wall_before
     measured = sum(r.measured_s for r in records.values())
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -163,10 +164,34 @@ def _references(todo: list[Cell], console: Console) -> None:
             with suppress(NoReference):  # the cell itself says so
                 reference(cell)
 
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    with console.status("Computing the references that judge the gradients"), _side_by_side() as pool:
+        list(pool.map(make, by_task.values()))
+
+
+def _as_is(writer: Writer, context: Context, before: Run | None, plan: list[Cell], console: Console) -> None:
+    """Every form of the statements, unmodified, given to every library that takes NumPy code."""
+    if not PRESETS[context.preset].every_way:
+        return
+    asked = {(c.problem, c.task, c.backend): c for c in plan if _main(c) and c.device == "cpu" and c.dtype == "float64"}
+    todo = [
+        replace(c, form=form, natural=False, size="tiny", threads=1)
+        for c in asked.values()
+        if backend(c.backend).namespace is not None and known_status(c)[0] in ("", "unsupported", "missing")
+        for form in tasks(c.problem)[c.task].forms
+    ]
+    have = {(r.problem, r.task, r.backend, r.form): r.key for r in before.as_is} if before else {}
+    todo = [c for c in todo if have.get((c.problem, c.task, c.backend, c.form)) != key(c)]
+    with console.status("Giving the statements to the libraries as they are"), _side_by_side() as pool:
+        for found in pool.map(lambda c: as_is(c, context.limit_s), todo):
+            writer.append(found)
+
+
+@contextmanager
+def _side_by_side() -> Iterator[ThreadPoolExecutor]:
+    """Threads that start workers of what is not timed, one a processor; who interrupts them kills the workers."""
+    pool = ThreadPoolExecutor(len(everywhere()))
     try:
-        with console.status("Computing the references that judge the gradients"):
-            list(pool.map(make, by_task.values()))
+        yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in psutil.Process().children():

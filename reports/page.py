@@ -55,6 +55,7 @@ class Page:
     sections: list[Section]
     strategies: list[tuple[str, str, str]]
     statuses: list[tuple[str, str]]
+    rewriting: list[tables.Rewriting]
     provenance: tuple[list[str], list[list[str]]]
     noise: str
     columns: dict[str, str] = field(default_factory=lambda: tables.COLUMNS)
@@ -77,6 +78,7 @@ def build(runs: list[Run], rows: pd.DataFrame) -> Page:
         sections=sections,
         strategies=words.strategies(rows),
         statuses=list(words.STATUSES.items()),
+        rewriting=tables.rewriting(runs, rows),
         provenance=words.provenance(runs),
         noise=words.noise(rows),
     )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pandas as pd
 
 from harness import ROOT, UserError, cells
-from harness.ledger import CellRecord, Floor, Run, Status
+from harness.ledger import AsIs, CellRecord, Floor, Run, Status
 from harness.statistics import Summary, summary, timing
 from problems import Task
 from reports.words import amount, error, names, ratio, seconds
@@ -61,6 +61,16 @@ class Table:
 
     def plain(self) -> list[list[str]]:
         return [[text for text, _ in row] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """Of one task: what becomes of the statement's forms in each library, and the way that needs the fewest new lines."""
+
+    task: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
 
 
 def known(problem: str, task: str) -> Task | None:
@@ -242,6 +252,55 @@ def table(part: pd.DataFrame, rate: Rate | None) -> Table:
         [(names(dict.fromkeys(ways)), sentence) for sentence, ways in notes.items()],
         _floor_sentence(rate, part) if rate else "",
     )
+
+
+def rewriting(runs: list[Run], rows: pd.DataFrame) -> list[Rewriting]:
+    """A table a task, of those that some library was given as they are."""
+    latest = {
+        (f"{r.problem}.{r.task}", r.backend, r.form): r
+        for r in sorted((r for run in runs for r in run.as_is), key=lambda r: r.finished)
+    }
+    found = []
+    for task in sorted({name for name, _, _ in latest}):
+        forms = list(dict.fromkeys(form for name, _, form in latest if name == task))
+        libraries = sorted({library for name, library, _ in latest if name == task})
+        notes: list[str] = []
+        table = []
+        for library in libraries:
+            tried = [latest.get((task, library, form)) for form in forms]
+            table.append([library, *(_outcome(r, notes) for r in tried), *_nearest_way(rows, task, library)])
+        columns = [
+            "library",
+            *(f"{form}, as is" for form in forms),
+            "fewest new lines",
+            "way",
+            "derivative / hand adjoint",
+        ]
+        found.append(Rewriting(task, columns, table, notes))
+    return found
+
+
+def _outcome(tried: AsIs | None, notes: list[str]) -> str:
+    if tried is None:
+        return "not tried"
+    if tried.status == "ok":
+        return "runs"
+    said = tried.reason if len(tried.reason) <= 200 else f"{tried.reason[:200]}..."
+    if said not in notes:
+        notes.append(said)
+    what = {"wrong": "**wrong**", "timeout": "timeout"}.get(tried.status, "refused")
+    return f"{what} [{notes.index(said) + 1}]"
+
+
+def _nearest_way(rows: pd.DataFrame, task: str, library: str) -> list[str]:
+    """(lines, way, ratio) of the ok way at the size shown that has the fewest lines which no form of the statement has."""
+    part = rows.loc[(rows.task == task) & (rows.reference == "discrete") & (rows.device == "cpu")]
+    part = part.loc[(part["size"] == shown_size(part)) & (part.backend == library) & (part.status == "ok")]
+    part = part.loc[~part.strategy.isin(NOT_AD) & part.changed.notna()]
+    if part.empty:
+        return ["", "", ""]
+    best = part.sort_values(["changed", "derivative_min_s"]).iloc[0]
+    return [f"{best.changed} of {best.lines}", str(best.way), ratio(best.derivative_over_adjoint)]
 
 
 def _caption(part: pd.DataFrame) -> str:

@@ -265,6 +265,19 @@ def test_a_run_that_was_killed_goes_on_and_measures_no_finished_cell_twice(bowls
     assert "no unfinished run" in said and lines(path) == found
 
 
+def test_a_run_of_every_way_gives_the_statements_as_they_are(tree):
+    done = tree.adphys("run", "brusselator.rhs/autograd/tape@tiny", "--preset", "default")
+    assert done.returncode == 0, done.stderr
+    [path] = tree.ledgers()
+    kinds = [json.loads(row) for row in path.read_text().splitlines()]
+    tried = {row["form"]: row["status"] for row in kinds if row["kind"] == "as_is"}
+    assert tried == {"array": "ok", "inplace": "error", "loops": "error"}
+    # killed before its end record: what is there is not tried again
+    path.write_text("".join(json.dumps(row) + "\n" for row in kinds if row["kind"] != "end"))
+    assert tree.adphys("run", "--resume").returncode == 0
+    assert path.read_text().count('"kind":"as_is"') + path.read_text().count('"kind": "as_is"') == 3
+
+
 def test_a_run_with_a_wrong_cell_exits_with_1_and_holds_it(bowls):
     bowls.edit(
         "backends/numpy_backend.py",

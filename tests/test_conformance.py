@@ -126,7 +126,8 @@ def is_the_error_that_was_declared(c, reason):
     """The sentence quotes the error in backquotes, as in `NotImplementedError: no rule for svd`."""
     quoted = re.findall(r"`([^`]+)`", is_sentence(reason))
     assert quoted, f"{c.address} is unsupported; quote the error of the attempt in backquotes."
-    status, said = attempt(c, 120.0)
+    result = attempt(c, 120.0)
+    status, said = result["status"], result["reason"]
     assert status in ("error", "crashed", "invalid", "oom", "timeout"), (
         f"{c.address} is declared unsupported, and is {status}."
     )

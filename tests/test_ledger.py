@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from harness import UserError, ledger
-from harness.ledger import RECORD, CellRecord, Context, End, Floor, Run, Samples, Writer
+from harness.ledger import RECORD, AsIs, CellRecord, Context, End, Floor, Run, Samples, Writer
 
-KINDS = (Context, CellRecord, Floor, End)
+KINDS = (Context, CellRecord, AsIs, Floor, End)
 
 
 def values(kind):

@@ -387,6 +387,44 @@ print(*modes)
     assert tree.python("-c", code).stdout.strip() == first  # of other physics
 
 
+AS_IS = """
+from harness.cells import cell
+from harness.measure import as_is
+from dataclasses import replace
+for form in ("array", "inplace"):
+    found = as_is(replace(cell("brusselator.rhs/{library}@tiny"), form=form), 60.0)
+    print(found.status, found.reason)
+"""
+
+
+def test_the_statement_as_it_is_runs_or_is_refused(tree):
+    done = tree.python("-c", AS_IS.replace("{library}", "autograd/tape"))
+    assert done.stdout == "ok \nerror ValueError: setting an array element with a sequence.\n", done.stderr
+
+
+def test_the_statement_as_it_is_may_come_back_wrong(tree):
+    half = """
+    namespace = {}
+
+    def reverse(self, loss):
+        def derivative(theta, data):
+            gradient = {name: np.zeros(block.shape) for name, block in theta.items()}
+            return loss(theta, data), gradient
+        return derivative
+
+    def adjoint("""
+    tree.write("backends/plain_backend.py", PLAIN.replace("\n    def adjoint(", half))
+    tree.write(
+        "problems/brusselator/brusselator_plain.py", "from problems import Implementation\nIMPLEMENTATION = {}\n"
+    )
+    code = AS_IS.replace(
+        'cell("brusselator.rhs/{library}@tiny")', 'next(iter(cells("brusselator.rhs/plain/reverse@tiny")))'
+    )
+    done = tree.python("-c", code.replace("import cell\n", "import cells\n"))
+    assert done.returncode == 0, done.stderr
+    assert all(row.startswith("wrong The gradient of u is zero") for row in done.stdout.splitlines()), done.stdout
+
+
 def test_a_worker_dies_with_its_parent(faults):
     """kill -9, then --resume: the cell of before must not run on beside those that are timed now."""
     code = f"from harness.cells import cell; from harness.measure import measure as m; m(cell('{fault('forever')}'), "

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from harness import UserError
-from harness.ledger import CellRecord, Context, End, Floor, Run, Status
+from harness.ledger import AsIs, CellRecord, Context, End, Floor, Run, Status
 from reports import words, write
 
 WHEN = "2026-11-24T12:00:00+00:00"
@@ -242,6 +242,31 @@ def test_floor_is_printed_and_a_slow_triad_is_owned_up_to(report):
     assert "0.90 of the 35 GB/s" in html and "no floor to trust" not in html
     markdown, html, _ = report([*MATRIX[:-1], floor(triad=1.5e-4)])
     assert "no floor to trust" in markdown and "no floor to trust" in html
+
+
+def as_is(library, form, status, reason="", error=None):
+    return AsIs.model_validate(
+        {"key": "0", "problem": "brusselator", "task": "rhs", "backend": library, "form": form, "strategy": "reverse"}
+        | {"size": "tiny", "status": status, "reason": reason, "error": error}
+        | {"commit": None, "dirty": None, "finished": WHEN}
+    )
+
+
+def test_what_became_of_the_statement_as_it_is(report):
+    frozen = "TypeError: arrays are immutable."
+    tried = [as_is("jax", "array", "ok", error=1e-15), as_is("jax", "inplace", "error", frozen)]
+    tried += [
+        as_is("torch", "array", "wrong", "The gradient of u is zero.", 1.0),
+        as_is("torch", "inplace", "error", frozen),
+    ]
+    markdown, html, _ = report([*MATRIX, *tried])
+    rows = re.findall(r"^\| (jax|torch) +\|(.*)\|$", markdown.split("## Must I rewrite my code?")[1], re.M)
+    got = {library: [entry.strip() for entry in row.split("|")] for library, row in rows}
+    assert got["jax"] == ["runs", "refused [1]", "7 of 12", "jax/reverse", "8.00"]
+    assert got["torch"] == ["**wrong** [2]", "refused [1]", "7 of 12", "torch/reverse", "36.0"]
+    for page in (markdown, html):
+        assert frozen in page and "The gradient of u is zero." in page
+    assert "Must I rewrite" not in report(MATRIX)[0]
 
 
 def test_unlike_things_never_share_a_table(report):
