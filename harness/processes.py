@@ -28,9 +28,9 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.worker", str(spec_path), str(out_path)],
-                cwd=ROOT,
+                cwd=folder,  # with TMPDIR: what a compiler leaves behind goes when the worker goes, killed or not
                 env=os.environ
-                | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+                | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": folder}
                 | thread_environ(threads)
                 | environ,
                 stdin=subprocess.DEVNULL,
