@@ -119,7 +119,8 @@ def _section(part: pd.DataFrame, rates: dict[tuple[str, str], tables.Rate]) -> S
         title if reference == "discrete" else f"{title}, {reference} reference",
         about,
         words.overall(pd.concat(shown), tables.NOT_AD)
-        + [words.conclusion(p, tables.short_size(p), tables.NOT_AD) for p in shown],
+        + [words.conclusion(p, tables.short_size(p), tables.NOT_AD) for p in shown]
+        + [said for p in by_task.values() if (said := words.crossover(p))],
         list(_matrices(by_task, mark)),
         [_task(str(name), p, rates, mark) for name, p in by_task.items()],
     )

@@ -24,6 +24,7 @@ STATUSES = {
     "error": "An exception.",
 }
 NONE = "–"
+FORWARD, REVERSE = ("forward", "duals"), ("adjoint", "reverse", "tape", "func", "compile", "custom_rule")
 CHEAP = 5  # primals: what reverse mode costs at most by operation counts (Griewank and Walther, ch. 3)
 
 
@@ -105,6 +106,30 @@ def conclusion(part: pd.DataFrame, title: str, not_ad: tuple[str, ...]) -> str:
     if not hand.empty and pd.notna(x := hand.derivative_over_floor.iloc[0]):
         said += f" The hand adjoint takes {ratio(x)} times the bandwidth floor."
     return said
+
+
+def crossover(part: pd.DataFrame) -> str:
+    """Of one task over its sizes: up to how many entries of theta a library's forward mode beats its own reverse mode."""
+    ok = part.loc[(part.status == "ok") & part.strategy.isin((*FORWARD, *REVERSE))]
+    ok = ok.assign(mode=ok.strategy.isin(FORWARD).map({True: "forward", False: "reverse"}))
+    said = []
+    for library, own in ok.groupby("backend"):
+        best = own.groupby(["gradient_entries", "mode"]).derivative_min_s.min().unstack()
+        if len(best.columns) < 2 or len(best := best.dropna()) < 2:
+            continue
+        wins = best.index[best.forward < best.reverse]
+        loses = best.index[best.forward >= best.reverse]
+        if not len(wins):
+            said.append(f"`{library}` reverse already at {loses[0]:,}, the fewest here")
+        elif not len(loses):
+            said.append(f"`{library}` forward up to {wins[-1]:,}, the most here")
+        elif wins[-1] < loses[0]:
+            said.append(f"`{library}` forward up to {wins[-1]:,}, reverse from {loses[0]:,} on")
+        else:
+            said.append(f"`{library}` no clear crossover between {loses[0]:,} and {wins[-1]:,}")
+    if not said:
+        return ""
+    return f"**{part.task.iloc[0]}**, which mode is faster by the entries of theta: {'; '.join(said)}."
 
 
 def counts(rows: pd.DataFrame) -> str:

@@ -236,6 +236,22 @@ def test_no_correct_ad_is_said(report):
     assert f"**{RHS}** (large, N = 256): no AD way is ok among 3 cells" in markdown
 
 
+def test_the_crossover_between_the_modes_is_named(report):
+    def at(way, entries, seconds):
+        block = {"size": entries, "norm": 1.0, "dot_gold5": 1.0, "error": 0.0}
+        blocks = {"u": block | {"reference_norm": 1.0, "reference_nonzero": 1.0}}
+        return cell(f"{RHS}/{way}@N={entries}", seconds, keys={"N": entries}, blocks=blocks)
+
+    sizes = (7, 12, 40)
+    grow = {"jax/forward": (1, 2, 9), "jax/reverse": (3, 3, 3), "torch/forward": (7, 8, 9), "torch/reverse": (5, 5, 5)}
+    markdown, *_ = report([at(way, n, t) for way, times in grow.items() for n, t in zip(sizes, times, strict=True)])
+    assert (
+        f"**{RHS}**, which mode is faster by the entries of theta: `jax` forward up to 12, reverse from 40 on; "
+        "`torch` reverse already at 7, the fewest here." in markdown
+    )
+    assert "which mode is faster" not in report([at("jax/reverse", 7, 1.0), at("jax/forward", 7, 1.0)])[0]
+
+
 def test_floor_is_printed_and_a_slow_triad_is_owned_up_to(report):
     markdown, html, _ = report()
     assert "takes 100 µs (31.5 GB/s, 0.90 of the 35 GB/s of a plain copy)" in markdown

@@ -314,6 +314,6 @@ TASKS = {
         gate32=1e-4,
         lower={"N": 3},
         check=imex_check,
-        sweep=({"N": 16}, {"N": 128}),
+        sweep=({"N": 4}, {"N": 6}, {"N": 16}, {"N": 128}),
     ),
 }
