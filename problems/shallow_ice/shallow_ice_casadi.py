@@ -1,4 +1,4 @@
-"""The valley glacier in CasADi: whole arrays (MX), a step is a function that is called for every glacier and step.
+"""The valley glacier in CasADi: whole arrays (MX); a stage is a function, mapped over the glaciers and called in time.
 
 Fields come transposed, which the scheme does not notice: it treats x and y alike.
 """
@@ -9,14 +9,6 @@ from problems import Implementation
 from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, steps_a_year
 
 
-def avg_x(a):
-    return 0.5 * (a[1:, :] + a[:-1, :])
-
-
-def avg_y(a):
-    return 0.5 * (a[:, 1:] + a[:, :-1])
-
-
 def diff_x(a):
     return a[1:, :] - a[:-1, :]
 
@@ -25,23 +17,32 @@ def diff_y(a):
     return a[:, 1:] - a[:, :-1]
 
 
+def sum_x(a):
+    return a[1:, :] + a[:-1, :]
+
+
+def sum_y(a):
+    return a[:, 1:] + a[:, :-1]
+
+
 def cap(e, lo, hi):
     return ca.if_else(e < lo, lo, ca.if_else(e > hi, hi, e))  # fmin and fmax halve the derivative at a tie
 
 
 def sia(H, B, A, dx):
-    """H_t of the shallow ice approximation, (N, N); A is a number."""
+    """H_t of the shallow ice approximation, (N, N); A is a number. Sums and differences are whole: what they would be
+    divided by goes into one number, because every operation is a pass over the field (1.2 times faster)."""
     Hc = ca.if_else(H > 0, H, 0)
     S = B + Hc
-    dSx, dSy = diff_x(S) / dx, diff_y(S) / dx  # (N-1, N), (N, N-1): edges
-    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))  # (N-1, N-1): corners
+    dSx, dSy = diff_x(S), diff_y(S)  # (N-1, N), (N, N-1): edges
+    gx, gy, Hb = sum_y(dSx), sum_x(dSy), sum_y(sum_x(Hc))  # (N-1, N-1): corners
     Hb2 = Hb * Hb
-    D = (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
-    cx, cy = Hc[:, 1:-1] / dx, Hc[1:-1, :] / dx
-    ex = cap(dSx[:, 1:-1], -cx[:-1, :], cx[1:, :])  # (N-1, N-2)
-    ey = cap(dSy[1:-1, :], -cy[:, :-1], cy[:, 1:])  # (N-2, N-1)
-    Fx, Fy = -avg_y(D) * ex, -avg_x(D) * ey
-    return pad(-(diff_x(Fx) + diff_y(Fy)) / dx)
+    c = 0.4 * RHO_G**3 / (4**5 * 4 * dx**2 * 2 * dx**2)
+    D = c * A * (Hb2 * Hb2 * Hb * (gx * gx + gy * gy + 4 * dx**2 * EPS))
+    cx, cy = Hc[:, 1:-1], Hc[1:-1, :]
+    Fx = sum_y(D) * cap(dSx[:, 1:-1], -cx[:-1, :], cx[1:, :])  # (N-1, N-2)
+    Fy = sum_x(D) * cap(dSy[1:-1, :], -cy[:, :-1], cy[:, 1:])  # (N-2, N-1)
+    return pad(diff_x(Fx) + diff_y(Fy))
 
 
 def pad(a):
@@ -69,26 +70,26 @@ def fluidity(theta, T):
     return A_MIN + (A_MAX - A_MIN) / (1 + ca.exp(-z))
 
 
-def step(N, dt):
-    """SSPRK3, as a function of H, B and A."""
-    H, B, A, dx = ca.MX.sym("H", N, N), ca.MX.sym("B", N, N), ca.MX.sym("A"), BOX / N
-    H1 = H + dt * sia(H, B, A, dx)
-    H2 = 0.75 * H + 0.25 * (H1 + dt * sia(H1, B, A, dx))
-    return ca.Function("step", [H, B, A], [(H + 2 * (H2 + dt * sia(H2, B, A, dx))) / 3])
+def euler(N, dt, many):
+    """H + dt H_t as a function of the glaciers (N, many N), their common bed and their A. A function is code that is
+    compiled once, and the reverse pass keeps its arguments only."""
+    H, B, A = ca.MX.sym("H", N, N), ca.MX.sym("B", N, N), ca.MX.sym("A")
+    one = ca.Function("euler", [H, B, A], [H + dt * sia(H, B, A, BOX / N)])
+    return one.map("eulers", "serial", many, [1], [])
 
 
 def ude(theta, data, size):
-    B, H0, Href = data["B"], data["H0"], ca.horzsplit(data["Href"], size.N)
-    spy, loss = steps_a_year(size), 0.0
-    each = step(size.N, 1 / spy)
-    A = ca.horzsplit(fluidity(theta, data["T"]))
-    for k in range(len(A)):
-        H = H0
-        for year in range(size.years):
-            for _ in range(spy):
-                H = each(H, B, A[k])
-            loss += ca.sumsqr(H - Href[year * len(A) + k])
-    return loss / (len(Href) * size.N**2)
+    B, H0, Href = data["B"], data["H0"], data["Href"]
+    A = fluidity(theta, data["T"])
+    many, spy = A.shape[1], steps_a_year(size)
+    stage = euler(size.N, 1 / spy, many)
+    H, snapshots = ca.repmat(H0, 1, many), []
+    for _ in range(size.years):
+        for _ in range(spy):  # SSPRK3
+            H2 = 0.75 * H + 0.25 * stage(stage(H, B, A), B, A)
+            H = (H + 2 * stage(H2, B, A)) / 3
+        snapshots.append(H)
+    return ca.sumsqr(ca.horzcat(*snapshots) - Href) / Href.numel()
 
 
 IMPLEMENTATION = {
