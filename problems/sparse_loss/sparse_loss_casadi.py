@@ -65,31 +65,46 @@ def fem_matvec(theta, data, size, work):
     return ca.sumsqr(r) / 2
 
 
-def fem_solve(theta, data, size, work):
+def solve(K, F, C):
+    """u from K u = F, by a sparse L D L^T."""
+    return ca.solve(-ca.mtimes(C, ca.mtimes(ca.diag(K), C.T)), F, "ldl")
+
+
+def newton(K, F, C):
+    """The same as the root of a residual, which is linear: one Newton step. The adjoint is one more solve, then a product
+    with the residual's derivative, where that of ca.solve is an outer product onto the pattern of K that runs through all
+    n^2 entries: the gradient is 3.6 times as fast at m = 128, 1.2 at 32, 0.6 at 8. CasADi cannot write it as C."""
+    n, many = C.shape
+    u, k, f = ca.MX.sym("u", n), ca.MX.sym("k", many), ca.MX.sym("f", n)
+    residual = ca.mtimes(C, k * ca.mtimes(C.T, u)) + f
+    problem = {"x": u, "p": ca.vertcat(k, f), "g": residual}
+    return ca.rootfinder("root", "newton", problem, {"linear_solver": "ldl"})(ca.MX.zeros(n), ca.vertcat(K, F))
+
+
+def fem_solve(theta, data, size, work, solve=newton):
     x, y = data["x"][0, :].T, data["x"][1, :].T
     g, area = geometry(x, y, work.tri)
     K = stiffness(theta["theta"], x, y, g, work, size.q)
-    u = ca.solve(-ca.mtimes(work.C, ca.mtimes(ca.diag(K), work.C.T)), ca.mtimes(work.at, area) / 3, "ldl")
+    u = solve(K, ca.mtimes(work.at, area) / 3, work.C)
     return ca.sumsqr(u - data["u_star"][work.inner]) / (2 * data["u_star"].numel())  # u - u* is zero on the boundary
+
+
+def fem_solve_compile(theta, data, size, work):
+    return fem_solve(theta, data, size, work, solve)
 
 
 def prepare(structure, size):
     tri, n = structure["tri"], structure["x"].shape[0]
     ends, edge = edges(tri)
     sides = np.full((2, len(ends)), edge.size)
-    flat = edge.T.ravel()
-    order = np.argsort(flat, kind="stable")
-    _, first = np.unique(flat[order], return_index=True)
+    order = np.argsort(edge.T, axis=None)  # the weights, edge by edge
+    first = np.searchsorted(edge.T.ravel()[order], np.arange(len(ends)))
     sides[0] = order[first]
-    second = np.setdiff1d(order, sides[0])
-    sides[1, flat[second]] = second
-    inner = structure.get("inner", np.arange(n))
-    return Work(
-        *(a.tolist() for a in (ends.T, tri.T, edge.T, sides)),
-        sparse(ends.T, [1.0, -1.0], n)[inner.tolist(), :],
-        sparse(tri.T, [1.0, 1.0, 1.0], n)[inner.tolist(), :],
-        inner.tolist(),
-    )
+    second = np.delete(order, first)
+    sides[1, edge.T.ravel()[second]] = second
+    inner = structure.get("inner", np.arange(n)).tolist()
+    C, at = sparse(ends.T, [1.0, -1.0], n), sparse(tri.T, [1.0, 1.0, 1.0], n)
+    return Work(*(a.tolist() for a in (ends.T, tri.T, edge.T, sides)), C[inner, :], at[inner, :], inner)
 
 
 def sparse(rows, values, n):
@@ -100,5 +115,5 @@ def sparse(rows, values, n):
 
 IMPLEMENTATION = {
     "fem_matvec": {"mx": Implementation(fem_matvec, prepare)},
-    "fem_solve": {"mx": Implementation(fem_solve, prepare)},
+    "fem_solve": {"mx": Implementation(fem_solve, prepare, strategies={"compile": fem_solve_compile})},
 }
