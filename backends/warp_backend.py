@@ -65,6 +65,7 @@ class Warp(Backend):
 
     def compile(self, loss):
         """The tape, forwards and backwards, as a captured graph (CUDA's own, or Warp's on the CPU): no Python between launches."""
+
         def derivative(theta, data):
             gradient = leaves(theta)
             with self.warp.Tape() as tape:
@@ -108,6 +109,14 @@ def scratch(shape, real):
     found = warp.zeros(shape, dtype=real, requires_grad=True)
     found.nbytes = 2 * found.size * warp.types.type_size_in_bytes(real)
     return found
+
+
+def record(backward, arrays):
+    """Puts a function of Python on the tape, where one is being recorded; `arrays` have the gradients that it touches."""
+    from warp._src.context import runtime  # Warp has no public name for it
+
+    if runtime.tape:
+        runtime.tape.record_func(backward, arrays)
 
 
 def leaves(theta):
