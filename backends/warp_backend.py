@@ -1,0 +1,132 @@
+"""Warp: kernels that Warp differentiates in source; a tape of their launches is what runs backwards.
+
+Warp has no 0-d arrays: they come as arrays of one number that remember it (`scalar`). An array that is overwritten after
+it was read gives wrong gradients without a word, so every launch writes into an array of its own, made in `prepare`.
+"""
+
+import tempfile
+
+import numpy as np
+
+from backends import Backend
+
+
+class Warp(Backend):
+    requires = ("warp-lang", "numpy", "scipy")
+    devices = ("cpu", "cuda")
+
+    def __init__(self, device):
+        import warp
+
+        warp.config.log_level = warp.LOG_WARNING  # it prints, and stdout is not its own
+        self.cache = tempfile.TemporaryDirectory(prefix="warp-")  # as for all others: every process compiles
+        warp.config.kernel_cache_dir = self.cache.name
+        warp.init()
+        if device == "cuda" and not warp.is_cuda_available():
+            raise RuntimeError("this Warp sees no CUDA device")
+        warp.set_device(device)
+        self.warp, self.device = warp, device
+
+    def put(self, array):
+        found = self.warp.array(array, device=self.device)
+        found.scalar = np.ndim(array) == 0
+        return found
+
+    def get(self, array):
+        return array.numpy().reshape(() if array.scalar else array.shape)
+
+    def wait(self, result):
+        self.warp.synchronize_device()
+        return result
+
+    def where(self, array):
+        return "cpu" if array.device.is_cpu else "cuda"
+
+    def device_memory(self):
+        return None
+
+    def primal(self, loss):
+        def run(theta, data):
+            return scalar(loss(theta, data))
+
+        return run
+
+    def tape(self, loss):
+        """Recorded anew in every call."""
+
+        def derivative(theta, data):
+            gradient = leaves(theta)
+            with self.warp.Tape() as tape:
+                value = loss(theta, data)
+            tape.backward(value)
+            return scalar(value), gradient
+
+        return derivative
+
+    def compile(self, loss):
+        """The tape, forwards and backwards, as a captured graph (CUDA's own, or Warp's on the CPU): no Python between launches."""
+
+        def derivative(theta, data):
+            gradient = leaves(theta)
+            with self.warp.Tape() as tape:
+                value = loss(theta, data)
+            if any(map(callable, tape.launches)):
+                raise NotImplementedError("a function in Python is on the tape; a captured graph would leave it out")
+            tape.backward(value)
+            return scalar(value), gradient
+
+        return self._captured(derivative)
+
+    def compile_primal(self, loss):
+        return self._captured(lambda theta, data: scalar(loss(theta, data)))
+
+    def _captured(self, function):
+        """A graph holds addresses: other arrays are captured anew."""
+        held = []
+
+        def call(theta, data):
+            arrays = [*theta.values(), *data.values()]
+            if not held or any(a is not b for a, b in zip(arrays, held[0], strict=True)):
+                function(theta, data)  # compiles what cannot be compiled under capture
+                with self.warp.ScopedCapture(self.device) as capture:
+                    out = function(theta, data)
+                held[:] = arrays, capture.graph, out
+            self.warp.capture_launch(held[1])
+            return held[2]
+
+        return call
+
+
+def scalar(value):
+    value.scalar = True
+    return value
+
+
+def scratch(shape, real):
+    """An array for `work`, with a gradient beside it. Both start at zero; storing into it zeroes its gradient on the way back."""
+    import warp
+
+    found = warp.zeros(shape, dtype=real, requires_grad=True)
+    found.nbytes = 2 * found.size * warp.types.type_size_in_bytes(real)
+    return found
+
+
+def record(backward, arrays):
+    """Puts a function of Python on the tape, where one is being recorded; `arrays` have the gradients that it touches."""
+    from warp._src.context import runtime  # Warp has no public name for it
+
+    if runtime.tape:
+        runtime.tape.record_func(backward, arrays)
+
+
+def leaves(theta):
+    """Gradients at zero, for they are added to; allocated beside the blocks at the first call."""
+    for block in theta.values():
+        if not block.requires_grad:
+            block.requires_grad = True
+            block.grad.scalar = block.scalar
+        block.grad.zero_()
+    return {name: block.grad for name, block in theta.items()}
+
+
+BACKEND = Warp

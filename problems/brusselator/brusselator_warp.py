@@ -1,0 +1,160 @@
+"""The Brusselator in Warp: a thread a cell; the solve is four products of tiles with the Fourier basis Q."""
+
+from functools import cache
+from math import ceil
+from typing import NamedTuple
+
+import warp as wp
+
+from backends.warp_backend import scratch
+from problems import Implementation
+from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues, fourier
+
+TILE, THREADS = 32, 64  # the largest edge of a tile, and the threads that share one on a GPU
+
+
+@cache
+def rhs_kernel(real):
+    field, fields, number = wp.array2d(dtype=real), wp.array3d(dtype=real), wp.array(dtype=real)
+
+    @wp.kernel
+    def kernel(
+        u: fields, A: number, B: number, alpha: number, disc: field, v: fields, force: real, N: int, loss: number
+    ):
+        i, j = wp.tid()
+        im, ip, jm, jp = (i + N - 1) % N, (i + 1) % N, (j + N - 1) % N, (j + 1) % N
+        U, V = u[0, i, j], u[1, i, j]
+        lapU = u[0, im, j] + u[0, ip, j] + u[0, i, jm] + u[0, i, jp] - real(4.0) * U
+        lapV = u[1, im, j] + u[1, ip, j] + u[1, i, jm] + u[1, i, jp] - real(4.0) * V
+        c = alpha[0] * real((N - 1) * (N - 1))
+        flow = A[0] * U - U * U * V
+        dU = B[0] - U - flow + c * lapU + force * disc[i, j]
+        dV = flow + c * lapV
+        wp.atomic_add(loss, 0, v[0, i, j] * dU + v[1, i, j] * dV)
+
+    return kernel
+
+
+def rhs(theta, data, size, work):
+    kernel, loss = work
+    loss.zero_()
+    force = FORCING if size.t >= T_FORCING else 0.0
+    inputs = [theta["u"], theta["A"], theta["B"], theta["alpha"], data["disc"], data["v"], force, size.N]
+    wp.launch(kernel, (size.N, size.N), inputs, [loss])
+    return loss
+
+
+def rhs_prepare(structure, size):
+    real = wp.dtype_from_numpy(structure["u"].dtype)
+    return rhs_kernel(real), scratch(1, real)
+
+
+# imex
+
+
+@cache
+def imex_kernels(real, t):
+    """For tiles of t x t."""
+    field, fields, number = wp.array2d(dtype=real), wp.array3d(dtype=real), wp.array(dtype=real)
+
+    @wp.kernel
+    def start(u0: fields, alpha: number, lam: number, dt: real, u: fields, h: field):
+        """h = S - 1 in the basis Q: it is 0 for the mean, so that 300 steps do not see Q^T Q = 1 + rounding."""
+        i, j = wp.tid()
+        u[0, i, j] = u0[0, i, j]
+        u[1, i, j] = u0[1, i, j]
+        z = dt * alpha[0] * (lam[i] + lam[j])
+        h[i, j] = z / (real(1.0) - z)
+
+    @wp.kernel
+    def react(u: fields, A: number, B: number, disc: field, force: real, dt: real, r: fields):
+        i, j = wp.tid()
+        U, V = u[0, i, j], u[1, i, j]
+        flow = A[0] * U - U * U * V
+        r[0, i, j] = U + dt * (B[0] - U - flow + force * disc[i, j])
+        r[1, i, j] = V + dt * flow
+
+    @wp.kernel
+    def turn(X: fields, Q: field, out: fields):
+        """out = (X Q)^T of both fields: twice is Q^T X Q."""
+        s, i, j = wp.tid()
+        total = wp.tile_zeros(shape=(t, t), dtype=real)
+        for k in range((Q.shape[0] + t - 1) // t):
+            x = wp.tile_load(X[s], shape=(t, t), offset=(i * t, k * t))
+            q = wp.tile_load(Q, shape=(t, t), offset=(k * t, j * t))
+            wp.tile_matmul(x, q, total)
+        wp.tile_store(out[s], wp.tile_transpose(total), offset=(j * t, i * t))
+
+    @wp.kernel
+    def scale(h: field, v: fields, out: fields):
+        s, i, j = wp.tid()
+        out[s, i, j] = h[i, j] * v[s, i, j]
+
+    @wp.kernel
+    def add(r: fields, x: fields, u: fields):
+        s, i, j = wp.tid()
+        u[s, i, j] = r[s, i, j] + x[s, i, j]
+
+    @wp.kernel
+    def misfit(u: fields, loss: number):
+        s, i, j = wp.tid()
+        d = real(1.0) - u[s, i, j]
+        wp.atomic_add(loss, 0, real(0.5) * d * d)
+
+    return start, react, turn, scale, add, misfit
+
+
+class Work(NamedTuple):
+    kernels: tuple
+    tiles: tuple  # the launch of turn
+    lam: wp.array  # (N)
+    Q: wp.array  # (N, N)
+    Qt: wp.array
+    u: list  # (2, N, N), for every step as its values are wanted on the way back
+    v: list  # Q^T r Q, the same
+    h: wp.array  # (N, N)
+    r: wp.array  # (2, N, N), as w: steps share what is used linearly only
+    w: wp.array
+    x: wp.array
+    loss: wp.array
+
+
+def imex(theta, data, size, work):
+    u, v, h, r, w, x = work.u, work.v, work.h, work.r, work.w, work.x
+    A, B, dt = theta["A"], theta["B"], size.dt
+    start, react, turn, scale, add, misfit = work.kernels
+    saves, every, first = clock(size)
+    cells, both = (size.N, size.N), (2, size.N, size.N)
+    work.loss.zero_()
+    wp.launch(start, cells, [theta["u0"], theta["alpha"], work.lam, dt], [u[0], h])
+    wp.launch(misfit, both, [u[0]], [work.loss])
+    for n in range(saves * every):
+        force = FORCING if n >= first else 0.0
+        wp.launch(react, cells, [u[n], A, B, data["disc"], force, dt], [r])
+        wp.launch_tiled(turn, dim=work.tiles, inputs=[r, work.Q], outputs=[w], block_dim=THREADS)
+        wp.launch_tiled(turn, dim=work.tiles, inputs=[w, work.Q], outputs=[v[n]], block_dim=THREADS)
+        wp.launch(scale, both, [h, v[n]], [x])
+        wp.launch_tiled(turn, dim=work.tiles, inputs=[x, work.Qt], outputs=[w], block_dim=THREADS)
+        wp.launch_tiled(turn, dim=work.tiles, inputs=[w, work.Qt], outputs=[x], block_dim=THREADS)
+        wp.launch(add, both, [r, x], [u[n + 1]])
+        if (n + 1) % every == 0:
+            wp.launch(misfit, both, [u[n + 1]], [work.loss])
+    return work.loss
+
+
+def imex_prepare(structure, size):
+    N, (saves, every, _) = size.N, clock(size)
+    real, steps = wp.dtype_from_numpy(structure["u0"].dtype), saves * every
+    blocks = ceil(N / TILE)
+    Q = fourier(N)
+    lam, Q, Qt = (wp.array(a, dtype=real) for a in (eigenvalues(N), Q, Q.T))
+    u, v = ([scratch((2, N, N), real) for _ in range(n)] for n in (steps + 1, steps))
+    r, w, x = (scratch((2, N, N), real) for _ in range(3))
+    kernels = imex_kernels(real, ceil(N / blocks))
+    return Work(kernels, (2, blocks, blocks), lam, Q, Qt, u, v, scratch((N, N), real), r, w, x, scratch(1, real))
+
+
+IMPLEMENTATION = {
+    "rhs": {"loops": Implementation(rhs, rhs_prepare)},
+    "imex": {"loops": Implementation(imex, imex_prepare)},
+}
