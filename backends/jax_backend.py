@@ -16,6 +16,9 @@ class Jax(Backend):
             "JAX_ENABLE_COMPILATION_CACHE": "0",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_FLAGS": flags,
+            # Threads of XLA's pool, on as many cores as the worker may have. With one, pure_callback waits for ever: it
+            # stands on that thread and asks JAX for its arguments, which are copied there once they are large.
+            "NPROC": str(max(threads, 2)),
         }
 
     def __init__(self, device):
@@ -65,6 +68,9 @@ class Jax(Backend):
 
     def checkpoint(self, loss):
         return self.jax.jit(self.jax.value_and_grad(self.jax.checkpoint(loss)))
+
+    def custom_rule(self, loss):
+        return self.reverse(loss)
 
 
 BACKEND = Jax

@@ -207,7 +207,7 @@ WRONG = {  # address -> what the sentence must name
     "brusselator.rhs/jaxx/reverse@tiny": ["jaxx", "jax"],
     "brusselator.rhs/jax/revers@tiny": ["revers", "reverse"],
     "brusselator.rhs/jax/adjoint@tiny": ["brusselator.rhs/jax/adjoint@tiny"],
-    "brusselator.rhs/jax.loops/reverse@tiny": ["jax.loops"],
+    "brusselator.rhs/jax.cpp/reverse@tiny": ["jax.cpp"],
     f"{RHS}@M=8": ["'M'", "N, alpha, A, B, t"],
     f"{RHS}@self=8": ["'self'"],
     f"{RHS}@alpha=8": ["N", "N=32"],

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from harness import processes
+from harness.cells import backend, cell, size_of
+from harness.reference import inputs
 from problems import BadSize, gold, sparse_loss, structure
 from problems.sparse_loss import TASKS, factorise, geometry, mesh, solution, stiffness
 
@@ -145,3 +148,14 @@ def test_banded_cholesky_is_the_sparse_lu():
 def test_no_inner_node_is_a_user_error():
     with pytest.raises(BadSize, match="m=1 is too small; the least m is 2"):
         TASKS["fem_solve"].at(m=1)
+
+
+def test_a_callback_runs_while_inputs_are_still_on_their_way(tmp_path):
+    """XLA then runs the program on its pool, where a callback that copies large arrays needs a second thread."""
+    pytest.importorskip("jax")
+    c = cell("sparse_loss.fem_solve/jax/reverse@large")
+    job = {"size": size_of(c)._asdict(), "inputs": inputs(c, size_of(c)), "save": str(tmp_path / "out.npz")}
+    spec = {"problem": c.problem, "task": c.task, "dtype": "float64", "device": "cpu"}
+    spec |= {"backend": "jax", "form": c.form, "strategy": "reverse", "sizes": [job]}
+    said = processes.run("gradient", spec, backend("jax").environ(1), 1, 60.0)
+    assert said["status"] == "ok", said["reason"]

@@ -28,8 +28,48 @@ def rhs(theta, data, size):
     return jnp.vdot(data["v"], du)
 
 
-def imex(theta, data, size, keep=lambda interval: interval):
-    """Two real fields, one complex FFT: S is real, so S (U + i V) = S U + i S V; 1.2 times faster than rfft2, and than Q."""
+def rhs_loops(theta, data, size):
+    """Cell by cell. Reverse mode adds the cotangent of every read of u to the whole of it, N^2 times N^2 numbers: 30 times
+    the time of whole arrays at N = 32, thousands of times at N = 256."""
+    u, A, B, alpha, N = theta["u"], theta["A"], theta["B"], theta["alpha"], size.N
+    force = FORCING if size.t >= T_FORCING else 0.0
+
+    def cell(n, du):
+        i, j = n // N, n % N
+        U, V = u[:, i, j]
+        lapU, lapV = u[:, i - 1, j] + u[:, (i + 1) % N, j] + u[:, i, j - 1] + u[:, i, (j + 1) % N] - 4 * u[:, i, j]
+        U2V, c = U * U * V, alpha * (N - 1) ** 2
+        du = du.at[0, i, j].set(B + U2V - (A + 1) * U + force * data["disc"][i, j] + c * lapU)
+        return du.at[1, i, j].set(A * U - U2V + c * lapV)
+
+    return jnp.vdot(data["v"], lax.fori_loop(0, N * N, cell, jnp.zeros_like(u)))
+
+
+def diffuse(g, U, V):
+    """S: two real fields, one complex FFT; S is real, so S (U + i V) = S U + i S V. 1.2 times faster than rfft2, and than Q."""
+    w = jnp.fft.ifft2(g * jnp.fft.fft2(lax.complex(U, V)))
+    return w.real, w.imag
+
+
+def diffuse_forward(g, U, V):
+    waves = jnp.fft.fft2(lax.complex(U, V))
+    w = jnp.fft.ifft2(g * waves)
+    return (w.real, w.imag), (g, waves)
+
+
+def diffuse_back(kept, wb):
+    """S is symmetric, so it is its own adjoint; all that is stored of a step are its waves."""
+    g, waves = kept
+    y = jnp.fft.fft2(lax.complex(*wb))
+    r = jnp.fft.ifft2(g * y)
+    return (y.real * waves.real + y.imag * waves.imag) / g.size, r.real, r.imag
+
+
+diffuse_rule = jax.custom_vjp(diffuse)
+diffuse_rule.defvjp(diffuse_forward, diffuse_back)
+
+
+def imex(theta, data, size, keep=lambda interval: interval, diffuse=diffuse):
     u0, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     lam = eigenvalues(size.N).astype(u0.dtype)
@@ -41,9 +81,7 @@ def imex(theta, data, size, keep=lambda interval: interval):
     def step(u, force):
         U, V = u
         flow = A * U - U * U * V
-        r = lax.complex(U + dt * (B - U - flow + force * data["disc"]), V + dt * flow)
-        w = jnp.fft.ifft2(g * jnp.fft.fft2(r))
-        return (w.real, w.imag), None
+        return diffuse(g, U + dt * (B - U - flow + force * data["disc"]), V + dt * flow), None
 
     @keep
     def interval(u, forces):
@@ -60,7 +98,12 @@ def imex_checkpoint(theta, data, size):
     return imex(theta, data, size, jax.checkpoint)
 
 
+def imex_rule(theta, data, size):
+    """S has a rule of its own, as fast as what JAX derives (0.9 to 1.05 of its time, N = 32 and 64)."""
+    return imex(theta, data, size, diffuse=diffuse_rule)
+
+
 IMPLEMENTATION = {
-    "rhs": {"array": Implementation(rhs)},
-    "imex": {"array": Implementation(imex, strategies={"checkpoint": imex_checkpoint})},
+    "rhs": {"array": Implementation(rhs), "loops": Implementation(rhs_loops)},
+    "imex": {"array": Implementation(imex, strategies={"checkpoint": imex_checkpoint, "custom_rule": imex_rule})},
 }

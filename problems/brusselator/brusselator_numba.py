@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from backends.numba_backend import LANES, by_chunks
 from problems import Implementation
 from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues, fourier
 
@@ -71,6 +72,32 @@ def rhs_vjp_kernel(u, A, B, c, force, disc, v, ub):
     return loss + A * Ab + B * Bb + c * cb, Ab, Bb, cb
 
 
+@njit(fastmath=True)
+def rhs_duals_kernel(u, du, A, dA, B, dB, c, dc, force, disc, v, dloss):
+    """The loss, and its tangents into dloss."""
+    N = disc.shape[0]
+    loss = 0.0 * A
+    dloss[:] = 0
+    for i in range(N):
+        im = i - 1 if i > 0 else N - 1
+        ip = i + 1 if i < N - 1 else 0
+        for j in range(N):
+            jm = j - 1 if j > 0 else N - 1
+            jp = j + 1 if j < N - 1 else 0
+            U, V, p, q = u[0, i, j], u[1, i, j], v[0, i, j], v[1, i, j]
+            lapU = u[0, im, j] + u[0, ip, j] + u[0, i, jm] + u[0, i, jp] - 4 * U
+            lapV = u[1, im, j] + u[1, ip, j] + u[1, i, jm] + u[1, i, jp] - 4 * V
+            flow = A * U - U * U * V
+            loss += p * (B - flow - U + c * lapU + force * disc[i, j]) + q * (flow + c * lapV)
+            for k in range(LANES):
+                dU, dV = du[0, i, j, k], du[1, i, j, k]
+                dlapU = du[0, im, j, k] + du[0, ip, j, k] + du[0, i, jm, k] + du[0, i, jp, k] - 4 * dU
+                dlapV = du[1, im, j, k] + du[1, ip, j, k] + du[1, i, jm, k] + du[1, i, jp, k] - 4 * dV
+                dflow = dA[k] * U + A * dU - 2 * U * V * dU - U * U * dV
+                dloss[k] += p * (dB[k] - dflow - dU + dc[k] * lapU + c * dlapU) + q * (dflow + dc[k] * lapV + c * dlapV)
+    return loss
+
+
 def arguments(theta, data, size):
     force = FORCING if size.t >= T_FORCING else 0.0
     c = theta["alpha"][()] * (size.N - 1) ** 2
@@ -84,6 +111,16 @@ def rhs(theta, data, size, ub):
 def rhs_adjoint(theta, data, size, ub):
     loss, Ab, Bb, cb = rhs_vjp_kernel(*arguments(theta, data, size), ub)
     return loss, {"u": ub, "A": Ab, "B": Bb, "alpha": cb * (size.N - 1) ** 2}
+
+
+def rhs_duals(theta, data, size, ub):
+    u, A, B, c, force, disc, v = arguments(theta, data, size)
+
+    def dual(d, out):
+        dc = d["alpha"] * (size.N - 1) ** 2
+        return rhs_duals_kernel(u, d["u"], A, d["A"], B, d["B"], c, dc, force, disc, v, out)
+
+    return by_chunks(theta, dual)
 
 
 def rhs_prepare(structure, size):
@@ -240,6 +277,61 @@ def imex_vjp_kernel(states, A, S, dt, steps, every, r, waves, w):
     return r, dt * Ab, dt * Bb, dt * cb
 
 
+@njit(fastmath=True)
+def react_jvp(u, du, A, dA, dB, dt, dr):
+    """The tangent of r in `react`."""
+    N = u.shape[1]
+    for i in range(N):
+        U, V, dU, dV, p, q = u[i], u[N + i], du[i], du[N + i], dr[i], dr[N + i]
+        for j in range(N):
+            dflow = dA * U[j] + (A - 2 * U[j] * V[j]) * dU[j] - U[j] * U[j] * dV[j]
+            p[j] = dU[j] + dt * (dB - dU[j] - dflow)
+            q[j] = dV[j] + dt * dflow
+
+
+@njit(fastmath=True)
+def add_lap(u, a, r):
+    """r += a lap u dx^2"""
+    N = u.shape[1]
+    for s in (0, N):
+        for i in range(N):
+            x, xm, xp, z = u[s + i], u[s + (i - 1) % N], u[s + (i + 1) % N], r[s + i]
+            for j in range(N):
+                left, right = x[j - 1 if j > 0 else N - 1], x[j + 1 if j < N - 1 else 0]
+                z[j] += a * ((xm[j] - x[j]) + (xp[j] - x[j]) + (left - x[j]) + (right - x[j]))
+
+
+@njit(fastmath=True)
+def misfit_jvp(u, du, total):
+    for i in range(u.shape[0]):
+        x, dx = u[i], du[i]
+        for j in range(u.shape[1]):
+            total += (x[j] - 1) * dx[j]
+    return total
+
+
+@njit(fastmath=True)
+def imex_duals_kernel(u, du, r, dr, A, dA, B, dB, dc, disc, S, dt, steps, every, first, waves, dloss):
+    """The loss, and its tangents into dloss. w = S r has the tangent S (dr + dt dalpha lap w): S is applied to tangents."""
+    loss = misfit(u, 0 * A)
+    for k in range(LANES):
+        dloss[k] = misfit_jvp(u, du[k], 0 * A)
+    for n in range(steps):
+        for k in range(LANES):
+            react_jvp(u, du[k], A, dA[k], dB[k], dt, dr[k])
+        react(u, A, B, FORCING if n >= first else 0.0, disc, dt, r)
+        diffuse(r, S, waves, u)
+        for k in range(LANES):
+            if dc[k] != 0:
+                add_lap(u, dt * dc[k], dr[k])
+            diffuse(dr[k], S, waves, du[k])
+        if (n + 1) % every == 0:
+            loss = misfit(u, loss)
+            for k in range(LANES):
+                dloss[k] = misfit_jvp(u, du[k], dloss[k])
+    return loss
+
+
 def imex_primal(theta, data, size, work, states):
     saves, every, first = clock(size)
     S = solver(theta["alpha"][()], size, work.Q)
@@ -263,7 +355,22 @@ def imex_adjoint(theta, data, size, work):
     return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
 
 
+def imex_duals(theta, data, size, work):
+    N, (saves, every, first) = size.N, clock(size)
+    S, A, B = solver(theta["alpha"][()], size, work.Q), theta["A"][()], theta["B"][()]
+    u0, u, r = theta["u0"].reshape(2 * N, N), work.w, work.r
+    du, dr = np.empty((2, LANES, 2 * N, N), u0.dtype)
+
+    def dual(d, out):
+        u[:], du[:] = u0, d["u0"].reshape(2 * N, N, LANES).transpose(2, 0, 1)
+        tangents = A, d["A"], B, d["B"], d["alpha"] * (N - 1) ** 2
+        steps = size.dt, saves * every, every, first
+        return imex_duals_kernel(u, du, r, dr, *tangents, data["disc"], S, *steps, work.waves, out)
+
+    return by_chunks(theta, dual)
+
+
 IMPLEMENTATION = {
-    "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint})},
-    "imex": {"loops": Implementation(imex, imex_prepare, strategies={"adjoint": imex_adjoint})},
+    "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
+    "imex": {"loops": Implementation(imex, imex_prepare, strategies={"adjoint": imex_adjoint, "duals": imex_duals})},
 }

@@ -13,10 +13,11 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from backends.numba_backend import LANES, by_chunks
 from problems import Implementation
 from problems.neural_ode import SAVES, T
 
-LANES = 8  # hidden units are padded to a multiple of this, with weights 0
+PAD = 8  # hidden units are padded to a multiple of this, with weights 0
 
 
 def bitcast(source, target):
@@ -102,6 +103,93 @@ def rhs_adjoint(theta, data, size, blocks):
 
 def prepare_rhs(structure, size):
     return {name: np.empty(structure[name].shape, structure[name].dtype) for name in ("u", "W1", "b1", "W2", "b2")}
+
+
+# duals: each number u comes with its tangents du (..., LANES)
+
+
+@njit(fastmath=True, error_model="numpy")
+def f_duals(u, du, W1, dW1, b1, db1, W2, dW2, b2, db2, f, df, dc):
+    """f and df; dc (2, LANES) is scratch."""
+    c0, c1 = u[0] * u[0] * u[0], u[1] * u[1] * u[1]
+    for i in range(2):
+        f[i] = b2[i]
+        for k in range(LANES):
+            dc[i, k], df[i, k] = 3 * u[i] * u[i] * du[i, k], db2[i, k]
+    for j in range(b1.size):
+        z = tanh(W1[j, 0] * c0 + W1[j, 1] * c1 + b1[j])
+        f[0] += W2[0, j] * z
+        f[1] += W2[1, j] * z
+        for k in range(LANES):
+            da = dW1[j, 0, k] * c0 + W1[j, 0] * dc[0, k] + dW1[j, 1, k] * c1 + W1[j, 1] * dc[1, k] + db1[j, k]
+            dz = (1 - z * z) * da
+            df[0, k] += dW2[0, j, k] * z + W2[0, j] * dz
+            df[1, k] += dW2[1, j, k] * z + W2[1, j] * dz
+
+
+def pairs(theta, d):
+    """Every block of the network with its tangents."""
+    return tuple(x for name in ("W1", "b1", "W2", "b2") for x in (theta[name], d[name]))
+
+
+def rhs_duals(theta, data, size, blocks):
+    v, dtype = data["v"], theta["u"].dtype
+    f, df, dc = np.empty(2, dtype), np.empty((2, LANES), dtype), np.empty((2, LANES), dtype)
+
+    def dual(d, out):
+        f_duals(theta["u"], d["u"], *pairs(theta, d), f, df, dc)
+        np.dot(v, df, out)
+        return v @ f
+
+    return by_chunks(theta, dual)
+
+
+@njit(fastmath=True, error_model="numpy")
+def misfit_duals(u, du, target, dloss):
+    e0, e1 = u[0] - target[0], u[1] - target[1]
+    for k in range(LANES):
+        dloss[k] += 2 * (e0 * du[0, k] + e1 * du[1, k])
+    return e0 * e0 + e1 * e1
+
+
+@njit(fastmath=True, error_model="numpy")
+def rk4_duals_kernel(net, start, target, m, dt, u, du, scratch, dloss):
+    """The loss, and its tangents into dloss. u[0] is the state, u[1] the stage, u[2] becomes the next state."""
+    f, df, dc = scratch
+    dloss[:] = 0
+    loss = 0 * dt
+    for member in range(start.shape[0]):
+        u[:], du[:] = start[member], 0
+        loss += misfit_duals(u[0], du[0], target[0], dloss)
+        for i in range(1, SAVES):
+            for _ in range(m):
+                for s in range(4):
+                    f_duals(u[1], du[1], *net, f, df, dc)
+                    ahead = dt if s == 2 else dt / 2
+                    weight = dt / 6 if s == 0 or s == 3 else dt / 3
+                    for r in range(2):
+                        u[1, r] = u[0, r] + ahead * f[r]
+                        u[2, r] += weight * f[r]
+                        for k in range(LANES):
+                            du[1, r, k] = du[0, r, k] + ahead * df[r, k]
+                            du[2, r, k] += weight * df[r, k]
+                for r in range(2):
+                    u[0, r] = u[1, r] = u[2, r]
+                    for k in range(LANES):
+                        du[0, r, k] = du[1, r, k] = du[2, r, k]
+            loss += misfit_duals(u[0], du[0], target[i], dloss)
+    return loss
+
+
+def rk4_duals(theta, data, size, work):
+    dtype, dt = theta["W1"].dtype, T / (SAVES - 1) / size.m
+    u, du = np.empty((3, 2), dtype), np.empty((3, 2, LANES), dtype)
+    scratch = np.empty(2, dtype), np.empty((2, LANES), dtype), np.empty((2, LANES), dtype)
+
+    def dual(d, out):
+        return rk4_duals_kernel(pairs(theta, d), data["u0"], data["target"], size.m, dt, u, du, scratch, out)
+
+    return by_chunks(theta, dual)
 
 
 # rk4
@@ -269,7 +357,7 @@ class Work(NamedTuple):
 
 
 def prepare_rk4(structure, size):
-    dtype, n, H = structure["W1"].dtype, 4 * size.m * (SAVES - 1), -(-size.H // LANES) * LANES
+    dtype, n, H = structure["W1"].dtype, 4 * size.m * (SAVES - 1), -(-size.H // PAD) * PAD
     return Work(
         *kernels(H, np.tanh if dtype.kind == "c" else tanh),
         forward=(aligned(5 * H, dtype), np.empty((n + 1, 2), dtype), np.empty((n, 2), dtype), aligned((n, H), dtype)),
@@ -279,6 +367,6 @@ def prepare_rk4(structure, size):
 
 
 IMPLEMENTATION = {
-    "rhs": {"loops": Implementation(rhs, prepare_rhs, strategies={"adjoint": rhs_adjoint})},
-    "rk4": {"loops": Implementation(rk4, prepare_rk4, strategies={"adjoint": rk4_adjoint})},
+    "rhs": {"loops": Implementation(rhs, prepare_rhs, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
+    "rk4": {"loops": Implementation(rk4, prepare_rk4, strategies={"adjoint": rk4_adjoint, "duals": rk4_duals})},
 }

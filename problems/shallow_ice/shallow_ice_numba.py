@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from backends.numba_backend import LANES, by_chunks
 from problems import Implementation
 from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, LAYERS, RHO_G, steps_a_year
 
@@ -132,6 +133,57 @@ def rhs_vjp_kernel(H, lnA, B, v, c, eps, Hb, rows):
     return sia_vjp(H, B, v, c * np.exp(lnA[()]), eps, H.dtype.type(0), Hb, rows[:2], rows[2])
 
 
+@njit(fastmath=True)
+def capped(x, lo, hi):
+    """max(min(x, hi), -lo), and whether lo and hi count in its derivative, dx being dhi - dlo."""
+    zero, one = x * 0, x * 0 + 1
+    return max(min(x, hi), -lo), zero if x > hi else one, zero if x < -lo else one
+
+
+@njit(fastmath=True)
+def rhs_duals_kernel(H, dH, lnA, dlnA, B, v, c, eps, dloss):
+    """The loss corner by corner, and its tangents into dloss."""
+    N, zero, one = len(H), H.dtype.type(0), H.dtype.type(1)
+    c, loss = c * np.exp(lnA[()]), zero
+    dloss[:] = 0
+    for i in range(N - 1):
+        w0, w1 = one if i > 0 else zero, one if i + 2 < N else zero  # nothing moves on the boundary
+        for j in range(N - 1):
+            m0, m1 = one if j > 0 else zero, one if j + 2 < N else zero
+            v00, v01, v10, v11 = (
+                w0 * m0 * v[i, j],
+                w0 * m1 * v[i, j + 1],
+                w1 * m0 * v[i + 1, j],
+                w1 * m1 * v[i + 1, j + 1],
+            )
+            h00, h01, h10, h11 = (
+                max(H[i, j], zero),
+                max(H[i, j + 1], zero),
+                max(H[i + 1, j], zero),
+                max(H[i + 1, j + 1], zero),
+            )
+            S00, S01, S10, S11 = B[i, j] + h00, B[i, j + 1] + h01, B[i + 1, j] + h10, B[i + 1, j + 1] + h11
+            x0, lo_x0, hi_x0 = capped(S10 - S00, h00, h10)
+            x1, lo_x1, hi_x1 = capped(S11 - S01, h01, h11)
+            y0, lo_y0, hi_y0 = capped(S01 - S00, h00, h01)
+            y1, lo_y1, hi_y1 = capped(S11 - S10, h10, h11)
+            a, b, h = S10 - S00 + S11 - S01, S01 - S00 + S11 - S10, h00 + h01 + h10 + h11
+            g, ch4 = a * a + b * b + eps, c * h * h * h * h
+            K, flow = ch4 * h * g, (v00 - v10) * x0 + (v01 - v11) * x1 + (v00 - v01) * y0 + (v10 - v11) * y1
+            loss += flow * K
+            for k in range(LANES):
+                d00 = dH[i, j, k] if H[i, j] > 0 else zero
+                d01 = dH[i, j + 1, k] if H[i, j + 1] > 0 else zero
+                d10 = dH[i + 1, j, k] if H[i + 1, j] > 0 else zero
+                d11 = dH[i + 1, j + 1, k] if H[i + 1, j + 1] > 0 else zero
+                dflow = (v00 - v10) * (hi_x0 * d10 - lo_x0 * d00) + (v01 - v11) * (hi_x1 * d11 - lo_x1 * d01)
+                dflow += (v00 - v01) * (hi_y0 * d01 - lo_y0 * d00) + (v10 - v11) * (hi_y1 * d11 - lo_y1 * d10)
+                da, db, dh = d10 - d00 + d11 - d01, d01 - d00 + d11 - d10, d00 + d01 + d10 + d11
+                dK = ch4 * (5 * g * dh + 2 * h * (a * da + b * db)) + K * dlnA[k]
+                dloss[k] += dflow * K + flow * dK
+    return loss
+
+
 def rhs(theta, data, size, work):
     return rhs_kernel(theta["H"], theta["lnA"], data["B"], data["v"], work.c, work.eps, work.dH, work.rows)
 
@@ -139,6 +191,11 @@ def rhs(theta, data, size, work):
 def rhs_adjoint(theta, data, size, work):
     loss = rhs_vjp_kernel(theta["H"], theta["lnA"], data["B"], data["v"], work.c, work.eps, work.Hb, work.rows)
     return loss, {"H": work.Hb, "lnA": loss}  # H_t is linear in A
+
+
+def rhs_duals(theta, data, size, work):
+    H, lnA, B, v = theta["H"], theta["lnA"], data["B"], data["v"]
+    return by_chunks(theta, lambda d, out: rhs_duals_kernel(H, d["H"], lnA, d["lnA"], B, v, work.c, work.eps, out))
 
 
 # ude
@@ -334,6 +391,6 @@ def ude_adjoint(theta, data, size, work):
 
 
 IMPLEMENTATION = {
-    "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint})},
+    "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
     "ude": {"loops": Implementation(ude, ude_prepare, strategies={"adjoint": ude_adjoint})},
 }

@@ -1,13 +1,15 @@
 """The sparse losses in JAX: whole arrays, K as one weight an edge (problems.sparse_loss.edges), summed by scatters.
 
 The solve is LAPACK's banded Cholesky on the host, as in Numba and PyTorch. Its rule is over the solve alone: the jvp is one
-more solve with the same factor, lax.custom_linear_solve, which JAX transposes for reverse mode. JAX's own sparse solve,
-jax.experimental.sparse.linalg.spsolve, factorises again for the adjoint (7 times as slow at m = 32) and cannot be batched.
+more solve with the same factor, lax.custom_linear_solve, which JAX transposes for reverse mode; the strategy custom_rule
+has the reverse rule itself, as one custom_vjp. JAX's own sparse solve, jax.experimental.sparse.linalg.spsolve, factorises
+again for the adjoint (7 times as slow at m = 32) and cannot be batched.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.sparse import BCOO
 
 from problems import Implementation
 from problems.sparse_loss import band, cholesky, edges, substitute
@@ -61,10 +63,9 @@ def fem_matvec(theta, data, size, work):
     return jnp.vdot(r, r) / 2
 
 
-def solve(K, F, band, factors):
-    """u from K u = F over the inner nodes; the last slot is the boundary's, u = 0. The factor stays on the host, among the
-    two latest of factors, and its number goes with u: as an array it would be copied four times (1.5 times as slow)."""
-    ends = band.ends.T
+def on_host(band, factors):
+    """factorise(K, F) -> (u, number of the factor), back(number, b). The factor stays on the host, among the two latest of
+    factors, and its number goes with u: as an array it would be copied four times (1.5 times as slow)."""
 
     def factorise(K, F):
         key = max(factors, default=-1) + 1
@@ -76,25 +77,56 @@ def solve(K, F, band, factors):
         b, U = np.asarray(b), factors[np.asarray(key).item()]
         return substitute(U, b) if b.ndim == 1 else substitute(U, b.T).T  # under vmap one factor, many b
 
-    def host(K, F):
-        return jax.pure_callback(factorise, (F, jax.ShapeDtypeStruct((), jnp.int32)), K, F)
+    return (
+        lambda K, F: jax.pure_callback(factorise, (F, jax.ShapeDtypeStruct((), jnp.int32)), K, F),
+        lambda key, b: jax.pure_callback(back, b, key, b, vmap_method="expand_dims"),
+    )
+
+
+def solve(K, F, band, factors):
+    """u from K u = F over the inner nodes; the last slot is the boundary's, u = 0."""
+    ends = band.ends.T
+    factorise, back = on_host(band, factors)
 
     @jax.custom_jvp
     def u(K, F):
-        return host(K, F)[0]
+        return factorise(K, F)[0]
 
     @u.defjvp
     def u_jvp(primals, tangents):
         (K, F), (dK, dF) = primals, tangents
-        u, key = host(K, F)
+        u, key = factorise(K, F)
         du = jax.lax.custom_linear_solve(
             lambda v: product(K, ends, jnp.append(v, 0.0))[:-1],
             dF - product(dK, ends, jnp.append(u, 0.0))[:-1],
-            lambda _, b: jax.pure_callback(back, b, key, b, vmap_method="expand_dims"),
+            lambda _, b: back(key, b),
             symmetric=True,
         )
         return u, du
 
+    return u(K, F)
+
+
+def solve_rule(K, F, band, factors):
+    """The same solve with its adjoint written out, where JAX transposes no jvp."""
+    i, j = band.ends.T
+    factorise, back = on_host(band, factors)
+
+    @jax.custom_vjp
+    def u(K, F):
+        return factorise(K, F)[0]
+
+    def forward(K, F):
+        u, key = factorise(K, F)
+        return u, (u, key)
+
+    def backward(kept, ub):
+        u, key = kept
+        lam = back(key, ub)
+        u0, lam0 = jnp.append(u, 0.0), jnp.append(lam, 0.0)
+        return (lam0[i] - lam0[j]) * (u0[i] - u0[j]), lam
+
+    u.defvjp(forward, backward)
     return u(K, F)
 
 
@@ -104,7 +136,7 @@ def load(x, tri, slot, n):
     return jnp.zeros(n + 1, x.dtype).at[slot[tri.T]].add(area / 3)[:-1]
 
 
-def fem_solve(theta, data, size, work):
+def fem_solve(theta, data, size, work, solve=solve):
     ends, edge, band, factors = work
     x, tri, slot = data["x"].T, data["tri"], jnp.asarray(band.slot)
     K = stiffness(theta["theta"], x, tri, ends, edge, size.q)
@@ -113,9 +145,47 @@ def fem_solve(theta, data, size, work):
     return jnp.vdot(r, r) / (2 * len(r))
 
 
+def fem_solve_rule(theta, data, size, work):
+    return fem_solve(theta, data, size, work, solve_rule)
+
+
+def fem_matvec_loops(theta, data, size):
+    """Triangle by triangle into r, a loop of fixed length (reverse mode needs one)."""
+    x, tri, w, q = data["x"], data["tri"], data["w"], size.q
+    n = jnp.arange(q, dtype=x.dtype)
+    c = theta["theta"].reshape(q, q) / (1 + n[:, None] ** 2 + n**2)
+    before, after = np.array([1, 2, 0]), np.array([2, 0, 1])
+
+    def triangle(t, r):
+        p = x[tri[t]]
+        e, mid = p[after] - p[before], (p[after] + p[before]) / 2
+        X, Y = jnp.cos(jnp.pi * mid[:, 0, None] * n), jnp.cos(jnp.pi * mid[:, 1, None] * n)
+        kbar = jnp.mean(jnp.exp(jnp.sum((X @ c) * Y, 1)))
+        area = (e[0, 0] * e[1, 1] - e[0, 1] * e[1, 0]) / 2
+        return r.at[tri[t]].add(kbar / (4 * area) * (e @ (w[tri[t]] @ e)))
+
+    r = jax.lax.fori_loop(0, len(tri), triangle, -data["b"])
+    return jnp.vdot(r, r) / 2
+
+
+def fem_matvec_bcoo(theta, data, size, work):
+    """K as JAX's sparse type: each edge is four of its entries, which need not be summed before the product."""
+    ends, edge, places = work
+    n = len(data["w"])
+    K = stiffness(theta["theta"], data["x"].T, data["tri"], ends, edge, size.q)
+    r = BCOO((jnp.concatenate([K, K, -K, -K]), places), shape=(n, n)) @ data["w"] - data["b"]
+    return jnp.vdot(r, r) / 2
+
+
 def matvec_prepare(structure, size):
     ends, edge = edges(structure["tri"])
     return ends.T.astype(np.int32), edge.T.astype(np.int32)
+
+
+def bcoo_prepare(structure, size):
+    ends, edge = matvec_prepare(structure, size)
+    i, j = ends
+    return ends, edge, np.concatenate([np.stack(place, 1) for place in ((i, j), (j, i), (i, i), (j, j))])
 
 
 def solve_prepare(structure, size):
@@ -124,6 +194,10 @@ def solve_prepare(structure, size):
 
 
 IMPLEMENTATION = {
-    "fem_matvec": {"array": Implementation(fem_matvec, matvec_prepare)},
-    "fem_solve": {"array": Implementation(fem_solve, solve_prepare)},
+    "fem_matvec": {
+        "array": Implementation(fem_matvec, matvec_prepare),
+        "bcoo": Implementation(fem_matvec_bcoo, bcoo_prepare),
+        "loops": Implementation(fem_matvec_loops),
+    },
+    "fem_solve": {"array": Implementation(fem_solve, solve_prepare, strategies={"custom_rule": fem_solve_rule})},
 }
