@@ -43,7 +43,7 @@ class Warp(Backend):
         return "cpu" if array.device.is_cpu else "cuda"
 
     def device_memory(self):
-        return None
+        return None  # Warp's high-water mark is that of the whole process
 
     def primal(self, loss):
         def run(theta, data):
@@ -64,7 +64,7 @@ class Warp(Backend):
         return derivative
 
     def compile(self, loss):
-        """The tape, forwards and backwards, as a captured graph (CUDA's own, or Warp's on the CPU): no Python between launches."""
+        """The tape, there and back, as a captured graph (CUDA's, or Warp's own on the CPU): no Python between launches."""
 
         def derivative(theta, data):
             gradient = leaves(theta)
@@ -102,12 +102,17 @@ def scalar(value):
     return value
 
 
-def scratch(shape, real):
-    """An array for `work`, with a gradient beside it. Both start at zero; storing into it zeroes its gradient on the way back."""
+def scratch(shape, real, gradient=None):
+    """Zeros for `work`, with a gradient beside them that storing into the array zeroes on the way back.
+
+    So arrays whose gradients are not in use at once may share one.
+    """
     import warp
 
-    found = warp.zeros(shape, dtype=real, requires_grad=True)
-    found.nbytes = 2 * found.size * warp.types.type_size_in_bytes(real)
+    found = warp.zeros(shape, dtype=real, requires_grad=gradient is None)
+    if gradient is not None:
+        found.grad = gradient
+    found.nbytes = found.size * warp.types.type_size_in_bytes(real) * (2 if gradient is None else 1)
     return found
 
 
