@@ -1,7 +1,8 @@
 """Warp: kernels that Warp differentiates in source; a tape of their launches is what runs backwards.
 
-Warp has no 0-d arrays: they come as arrays of one number that remember it (`scalar`). An array that is overwritten after
-it was read gives wrong gradients without a word, so every launch writes into an array of its own, made in `prepare`.
+Warp has no 0-d arrays: they come as arrays of one number that remember it (`scalar`). The way back reads arrays as they are
+then: one that is overwritten gives wrong gradients without a word, unless it was used linearly only. So `prepare` makes an
+array for every launch whose result the way back wants.
 """
 
 import tempfile
@@ -43,42 +44,33 @@ class Warp(Backend):
         return "cpu" if array.device.is_cpu else "cuda"
 
     def device_memory(self):
-        return None
+        return None  # Warp's high-water mark is that of the whole process
 
     def primal(self, loss):
-        def run(theta, data):
-            return scalar(loss(theta, data))
-
-        return run
+        return lambda theta, data: scalar(loss(theta, data))
 
     def tape(self, loss):
         """Recorded anew in every call."""
-
-        def derivative(theta, data):
-            gradient = leaves(theta)
-            with self.warp.Tape() as tape:
-                value = loss(theta, data)
-            tape.backward(value)
-            return scalar(value), gradient
-
-        return derivative
+        return self._derivative(loss)
 
     def compile(self, loss):
-        """The tape, forwards and backwards, as a captured graph (CUDA's own, or Warp's on the CPU): no Python between launches."""
+        """The tape, there and back, as a captured graph (CUDA's, or Warp's own on the CPU): no Python between launches."""
+        return self._captured(self._derivative(loss, captured=True))
 
+    def compile_primal(self, loss):
+        return self._captured(self.primal(loss))
+
+    def _derivative(self, loss, captured=False):
         def derivative(theta, data):
             gradient = leaves(theta)
             with self.warp.Tape() as tape:
                 value = loss(theta, data)
-            if any(map(callable, tape.launches)):
+            if captured and any(map(callable, tape.launches)):
                 raise NotImplementedError("a function in Python is on the tape; a captured graph would leave it out")
             tape.backward(value)
             return scalar(value), gradient
 
-        return self._captured(derivative)
-
-    def compile_primal(self, loss):
-        return self._captured(lambda theta, data: scalar(loss(theta, data)))
+        return derivative
 
     def _captured(self, function):
         """A graph holds addresses: other arrays are captured anew."""
@@ -102,12 +94,17 @@ def scalar(value):
     return value
 
 
-def scratch(shape, real):
-    """An array for `work`, with a gradient beside it. Both start at zero; storing into it zeroes its gradient on the way back."""
+def scratch(shape, real, gradient=None):
+    """Zeros for `work`, with a gradient beside them that storing into the array zeroes on the way back.
+
+    So arrays whose gradients are not in use at once may share one.
+    """
     import warp
 
-    found = warp.zeros(shape, dtype=real, requires_grad=True)
-    found.nbytes = 2 * found.size * warp.types.type_size_in_bytes(real)
+    found = warp.zeros(shape, dtype=real, requires_grad=gradient is None)
+    if gradient is not None:
+        found.grad = gradient
+    found.nbytes = found.size * warp.types.type_size_in_bytes(real) * (2 if gradient is None else 1)
     return found
 
 

@@ -86,14 +86,28 @@ def imex_kernels(real, t):
         wp.tile_store(out[s], wp.tile_transpose(total), offset=(j * t, i * t))
 
     @wp.kernel
-    def scale(h: field, v: fields, out: fields):
+    def scale_turn(h: field, v: fields, Q: field, out: fields):
+        """out = (h v Q)^T"""
         s, i, j = wp.tid()
-        out[s, i, j] = h[i, j] * v[s, i, j]
+        total = wp.tile_zeros(shape=(t, t), dtype=real)
+        for k in range((Q.shape[0] + t - 1) // t):
+            g = wp.tile_load(h, shape=(t, t), offset=(i * t, k * t))
+            x = wp.tile_load(v[s], shape=(t, t), offset=(i * t, k * t))
+            q = wp.tile_load(Q, shape=(t, t), offset=(k * t, j * t))
+            wp.tile_matmul(wp.tile_map(wp.mul, g, x), q, total)
+        wp.tile_store(out[s], wp.tile_transpose(total), offset=(j * t, i * t))
 
     @wp.kernel
-    def add(r: fields, x: fields, u: fields):
+    def turn_add(X: fields, Q: field, r: fields, out: fields):
+        """out = r + (X Q)^T"""
         s, i, j = wp.tid()
-        u[s, i, j] = r[s, i, j] + x[s, i, j]
+        total = wp.tile_zeros(shape=(t, t), dtype=real)
+        for k in range((Q.shape[0] + t - 1) // t):
+            x = wp.tile_load(X[s], shape=(t, t), offset=(i * t, k * t))
+            q = wp.tile_load(Q, shape=(t, t), offset=(k * t, j * t))
+            wp.tile_matmul(x, q, total)
+        here = wp.tile_load(r[s], shape=(t, t), offset=(j * t, i * t))
+        wp.tile_store(out[s], here + wp.tile_transpose(total), offset=(j * t, i * t))
 
     @wp.kernel
     def misfit(u: fields, loss: number):
@@ -101,7 +115,7 @@ def imex_kernels(real, t):
         d = real(1.0) - u[s, i, j]
         wp.atomic_add(loss, 0, real(0.5) * d * d)
 
-    return start, react, turn, scale, add, misfit
+    return start, react, turn, scale_turn, turn_add, misfit
 
 
 class Work(NamedTuple):
@@ -115,14 +129,13 @@ class Work(NamedTuple):
     h: wp.array  # (N, N)
     r: wp.array  # (2, N, N), as w: steps share what is used linearly only
     w: wp.array
-    x: wp.array
     loss: wp.array
 
 
 def imex(theta, data, size, work):
-    u, v, h, r, w, x = work.u, work.v, work.h, work.r, work.w, work.x
+    u, v, h, r, w = work.u, work.v, work.h, work.r, work.w
     A, B, dt = theta["A"], theta["B"], size.dt
-    start, react, turn, scale, add, misfit = work.kernels
+    start, react, turn, scale_turn, turn_add, misfit = work.kernels
     saves, every, first = clock(size)
     cells, both = (size.N, size.N), (2, size.N, size.N)
     work.loss.zero_()
@@ -131,12 +144,13 @@ def imex(theta, data, size, work):
     for n in range(saves * every):
         force = FORCING if n >= first else 0.0
         wp.launch(react, cells, [u[n], A, B, data["disc"], force, dt], [r])
-        wp.launch_tiled(turn, dim=work.tiles, inputs=[r, work.Q], outputs=[w], block_dim=THREADS)
-        wp.launch_tiled(turn, dim=work.tiles, inputs=[w, work.Q], outputs=[v[n]], block_dim=THREADS)
-        wp.launch(scale, both, [h, v[n]], [x])
-        wp.launch_tiled(turn, dim=work.tiles, inputs=[x, work.Qt], outputs=[w], block_dim=THREADS)
-        wp.launch_tiled(turn, dim=work.tiles, inputs=[w, work.Qt], outputs=[x], block_dim=THREADS)
-        wp.launch(add, both, [r, x], [u[n + 1]])
+        for kernel, inputs, out in (
+            (turn, [r, work.Q], w),
+            (turn, [w, work.Q], v[n]),
+            (scale_turn, [h, v[n], work.Qt], w),
+            (turn_add, [w, work.Qt, r], u[n + 1]),
+        ):
+            wp.launch_tiled(kernel, dim=work.tiles, inputs=inputs, outputs=[out], block_dim=THREADS)
         if (n + 1) % every == 0:
             wp.launch(misfit, both, [u[n + 1]], [work.loss])
     return work.loss
@@ -148,10 +162,12 @@ def imex_prepare(structure, size):
     blocks = ceil(N / TILE)
     Q = fourier(N)
     lam, Q, Qt = (wp.array(a, dtype=real) for a in (eigenvalues(N), Q, Q.T))
-    u, v = ([scratch((2, N, N), real) for _ in range(n)] for n in (steps + 1, steps))
-    r, w, x = (scratch((2, N, N), real) for _ in range(3))
+    r, w = (scratch((2, N, N), real) for _ in range(2))
+    gradients = [wp.zeros((2, N, N), dtype=real) for _ in range(3)]  # on the way back they are zero again once used
+    u = [scratch((2, N, N), real, gradients[n % 2]) for n in range(steps + 1)]
+    v = [scratch((2, N, N), real, gradients[2]) for _ in range(steps)]
     kernels = imex_kernels(real, ceil(N / blocks))
-    return Work(kernels, (2, blocks, blocks), lam, Q, Qt, u, v, scratch((N, N), real), r, w, x, scratch(1, real))
+    return Work(kernels, (2, blocks, blocks), lam, Q, Qt, u, v, scratch((N, N), real), r, w, scratch(1, real))
 
 
 IMPLEMENTATION = {

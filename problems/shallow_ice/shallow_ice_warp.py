@@ -182,7 +182,8 @@ def ude_prepare(structure, size):
     real, temperatures = wp.dtype_from_numpy(structure["W1"].dtype), len(TEMPERATURES)
     layers = [[scratch((n, temperatures), real) for _ in "az"] for n in LAYERS]
     shape = temperatures, size.N, size.N
-    X = [scratch(shape, real) for _ in range(3 * size.years * steps_a_year(size) + 1)]
+    gradients = [wp.zeros(shape, dtype=real) for _ in range(4)]
+    X = [scratch(shape, real, gradients[n % 4]) for n in range(3 * size.years * steps_a_year(size) + 1)]
     return Work(ude_kernels(real), layers, scratch(temperatures, real), X, scratch(1, real))
 
 
