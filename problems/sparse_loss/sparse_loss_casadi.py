@@ -81,7 +81,7 @@ def newton(K, F, C):
     return ca.rootfinder("root", "newton", problem, {"linear_solver": "ldl"})(ca.MX.zeros(n), ca.vertcat(K, F))
 
 
-def fem_solve(theta, data, size, work, solve=newton):
+def fem_solve(theta, data, size, work, solve=solve):
     x, y = data["x"][0, :].T, data["x"][1, :].T
     g, area = geometry(x, y, work.tri)
     K = stiffness(theta["theta"], x, y, g, work, size.q)
@@ -89,8 +89,8 @@ def fem_solve(theta, data, size, work, solve=newton):
     return ca.sumsqr(u - data["u_star"][work.inner]) / (2 * data["u_star"].numel())  # u - u* is zero on the boundary
 
 
-def fem_solve_compile(theta, data, size, work):
-    return fem_solve(theta, data, size, work, solve)
+def fem_solve_newton(theta, data, size, work):
+    return fem_solve(theta, data, size, work, newton)
 
 
 def prepare(structure, size):
@@ -115,5 +115,5 @@ def sparse(rows, values, n):
 
 IMPLEMENTATION = {
     "fem_matvec": {"mx": Implementation(fem_matvec, prepare)},
-    "fem_solve": {"mx": Implementation(fem_solve, prepare, strategies={"compile": fem_solve_compile})},
+    "fem_solve": {"mx": Implementation(fem_solve, prepare, strategies={"tape": fem_solve_newton})},
 }
