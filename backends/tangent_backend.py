@@ -10,6 +10,10 @@ from backends import Backend
 class Tangent(Backend):
     requires = ("tangent-ad", "numpy", "scipy")
 
+    @staticmethod
+    def environ(threads):
+        return {"TANGENT_DISK_CACHE": "0"}  # else a first call would find what another process wrote
+
     def __init__(self, device):
         import tangent
 
