@@ -53,6 +53,12 @@ class Torch(Backend):
 
         return derivative
 
+    def checkpoint(self, loss):
+        """Of the whole loss, where the implementation gave nothing better for the strategy."""
+        from torch.utils.checkpoint import checkpoint
+
+        return self.reverse(lambda theta, data: checkpoint(loss, theta, data, use_reentrant=False))
+
     def func(self, loss):
         grad_and_value = self.torch.func.grad_and_value(loss)
 

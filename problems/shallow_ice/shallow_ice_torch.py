@@ -1,10 +1,17 @@
 """The valley glacier in PyTorch: whole arrays on the eager tape; the temperatures are a leading axis."""
 
+from functools import partial
+
 import torch
 from torch.nn.functional import pad, softplus
+from torch.utils.checkpoint import checkpoint
 
 from problems import Implementation
 from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, steps_a_year
+
+kept = partial(
+    partial, checkpoint, use_reentrant=False, preserve_rng_state=False
+)  # kept(step) tapes its arguments alone
 
 
 def avg_x(a):
@@ -124,7 +131,18 @@ def ude_inplace(theta, data, size):
     return ude(theta, data, size, step_inplace)
 
 
+def ude_checkpoint(theta, data, size):
+    return ude(theta, data, size, kept(step))
+
+
+def ude_inplace_checkpoint(theta, data, size):
+    return ude(theta, data, size, kept(step_inplace))
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
-    "ude": {"array": Implementation(ude), "inplace": Implementation(ude_inplace)},
+    "ude": {
+        "array": Implementation(ude, strategies={"checkpoint": ude_checkpoint}),
+        "inplace": Implementation(ude_inplace, strategies={"checkpoint": ude_inplace_checkpoint}),
+    },
 }
