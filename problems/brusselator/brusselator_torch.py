@@ -1,16 +1,10 @@
 """The Brusselator in PyTorch: whole arrays on the eager tape."""
 
-from functools import partial
-
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from problems import Implementation
 from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues
-
-kept = partial(
-    partial, checkpoint, use_reentrant=False, preserve_rng_state=False
-)  # kept(step) tapes its arguments alone
 
 
 def lap(u, N):
@@ -64,30 +58,44 @@ def misfit(u):
     return torch.sum((1 - u) ** 2) / 2
 
 
+def checkpointed(part):
+    """Stores the inputs of this part of the loss alone, and runs it again in the reverse pass."""
+    return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def step(U, V, A, B, g, dt, push):
     """Two real fields, one complex FFT: S is real, so S (U + i V) = S U + i S V; 1.2 times faster than rfft2, and than Q."""
     flow = A * U - U * U * V
-    source = B - U - flow + push
+    source = B - U - flow
+    if push is not None:
+        source = source + push
     w = torch.fft.ifft2(g * torch.fft.fft2(torch.complex(U + dt * source, V + dt * flow)))
     return w.real, w.imag
 
 
-def imex(theta, data, size, step=step):
+def imex(theta, data, size, keep=lambda interval: interval):
     u, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     g = solver(alpha, size, u)
     push = FORCING * data["disc"]
+
+    @keep
+    def interval(U, V, steps):
+        for n in steps:
+            U, V = step(U, V, A, B, g, dt, push if n >= first else None)
+        return U, V, misfit(U) + misfit(V)
+
     loss = misfit(u)
     U, V = u
-    for n in range(saves * every):
-        U, V = step(U, V, A, B, g, dt, push if n >= first else 0.0)
-        if (n + 1) % every == 0:
-            loss = loss + misfit(U) + misfit(V)
+    for n in range(0, saves * every, every):
+        U, V, part = interval(U, V, range(n, n + every))
+        loss = loss + part
     return loss
 
 
 def imex_checkpoint(theta, data, size):
-    return imex(theta, data, size, kept(step))
+    """One state a sample is stored, as in JAX: next to every step's, 0.7 times the time and half the memory."""
+    return imex(theta, data, size, checkpointed)
 
 
 def step_inplace(u, A, B, g, dt, push):
@@ -98,28 +106,35 @@ def step_inplace(u, A, B, g, dt, push):
     r[0] += dt * B
     r[0] -= flow
     r[1] += flow
-    r[0] += push
+    if push is not None:
+        r[0] += push
     waves = torch.fft.rfft2(r)
     waves *= g
     return torch.fft.irfft2(waves, r.shape[-2:])
 
 
-def imex_inplace(theta, data, size, step=step_inplace):
+def imex_inplace(theta, data, size, keep=lambda interval: interval):
     A, B, alpha, dt = theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     u = theta["u0"].clone()
     g = solver(alpha, size, u)[:, : size.N // 2 + 1]
     push = dt * FORCING * data["disc"]
+
+    @keep
+    def interval(u, steps):
+        for n in steps:
+            u = step_inplace(u, A, B, g, dt, push if n >= first else None)
+        return u, misfit(u)
+
     loss = misfit(u)
-    for n in range(saves * every):
-        u = step(u, A, B, g, dt, push if n >= first else 0.0)
-        if (n + 1) % every == 0:
-            loss += misfit(u)
+    for n in range(0, saves * every, every):
+        u, part = interval(u, range(n, n + every))
+        loss += part
     return loss
 
 
 def imex_inplace_checkpoint(theta, data, size):
-    return imex_inplace(theta, data, size, kept(step_inplace))
+    return imex_inplace(theta, data, size, checkpointed)
 
 
 IMPLEMENTATION = {
