@@ -31,6 +31,7 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
                 cwd=ROOT,
                 env=os.environ
                 | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+                | {"TMPDIR": folder}  # what compilers leave is neither found by another worker nor left behind
                 | thread_environ(threads)
                 | environ,
                 stdin=subprocess.DEVNULL,

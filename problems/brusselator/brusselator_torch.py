@@ -1,5 +1,7 @@
 """The Brusselator in PyTorch: whole arrays on the eager tape."""
 
+from functools import cache
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -63,17 +65,21 @@ def checkpointed(part):
     return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def step(U, V, A, B, g, dt, push):
-    """Two real fields, one complex FFT: S is real, so S (U + i V) = S U + i S V; 1.2 times faster than rfft2, and than Q."""
+def explicit(U, V, A, B, dt, push):
     flow = A * U - U * U * V
     source = B - U - flow
     if push is not None:
         source = source + push
-    w = torch.fft.ifft2(g * torch.fft.fft2(torch.complex(U + dt * source, V + dt * flow)))
+    return U + dt * source, V + dt * flow
+
+
+def implicit(U, V, g):
+    """Two real fields, one complex FFT: S is real, so S (U + i V) = S U + i S V; 1.2 times faster than rfft2, and than Q."""
+    w = torch.fft.ifft2(g * torch.fft.fft2(torch.complex(U, V)))
     return w.real, w.imag
 
 
-def imex(theta, data, size, keep=lambda interval: interval):
+def imex(theta, data, size, keep=lambda interval: interval, explicit=explicit):
     u, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     g = solver(alpha, size, u)
@@ -82,7 +88,7 @@ def imex(theta, data, size, keep=lambda interval: interval):
     @keep
     def interval(U, V, steps):
         for n in steps:
-            U, V = step(U, V, A, B, g, dt, push if n >= first else None)
+            U, V = implicit(*explicit(U, V, A, B, dt, push if n >= first else None), g)
         return U, V, misfit(U) + misfit(V)
 
     loss = misfit(u)
@@ -98,7 +104,19 @@ def imex_checkpoint(theta, data, size):
     return imex(theta, data, size, checkpointed)
 
 
-def step_inplace(u, A, B, g, dt, push):
+@cache
+def compiled(part):
+    """Of one shape, on first use; the loop around it stays in Python."""
+    return torch.compile(part, dynamic=False)
+
+
+@torch.compiler.disable
+def imex_compile(theta, data, size):
+    """The FFTs stay outside: inductor has no complex numbers, and a step compiled with them takes 1.7 times as long as eager."""
+    return imex(theta, data, size, explicit=compiled(explicit))
+
+
+def explicit_inplace(u, A, B, dt, push):
     U, V = u
     flow = dt * (A * U - U * U * V)
     r = u.clone()
@@ -108,12 +126,16 @@ def step_inplace(u, A, B, g, dt, push):
     r[1] += flow
     if push is not None:
         r[0] += push
+    return r
+
+
+def implicit_inplace(r, g):
     waves = torch.fft.rfft2(r)
     waves *= g
     return torch.fft.irfft2(waves, r.shape[-2:])
 
 
-def imex_inplace(theta, data, size, keep=lambda interval: interval):
+def imex_inplace(theta, data, size, keep=lambda interval: interval, explicit=explicit_inplace):
     A, B, alpha, dt = theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     u = theta["u0"].clone()
@@ -123,7 +145,7 @@ def imex_inplace(theta, data, size, keep=lambda interval: interval):
     @keep
     def interval(u, steps):
         for n in steps:
-            u = step_inplace(u, A, B, g, dt, push if n >= first else None)
+            u = implicit_inplace(explicit(u, A, B, dt, push if n >= first else None), g)
         return u, misfit(u)
 
     loss = misfit(u)
@@ -137,10 +159,17 @@ def imex_inplace_checkpoint(theta, data, size):
     return imex_inplace(theta, data, size, checkpointed)
 
 
+@torch.compiler.disable
+def imex_inplace_compile(theta, data, size):
+    return imex_inplace(theta, data, size, explicit=compiled(explicit_inplace))
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
     "imex": {
-        "array": Implementation(imex, strategies={"checkpoint": imex_checkpoint}),
-        "inplace": Implementation(imex_inplace, strategies={"checkpoint": imex_inplace_checkpoint}),
+        "array": Implementation(imex, strategies={"checkpoint": imex_checkpoint, "compile": imex_compile}),
+        "inplace": Implementation(
+            imex_inplace, strategies={"checkpoint": imex_inplace_checkpoint, "compile": imex_inplace_compile}
+        ),
     },
 }

@@ -1,5 +1,7 @@
 """The neural ODE in PyTorch: dense layers on the eager tape, a Python loop over time."""
 
+from functools import cache, partial
+
 import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +33,7 @@ def checkpointed(part):
     return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def march(u, net, target, m):
+def march(u, net, target, m, step=step):
     """The state at the last save time of target (times, 2), and the misfit at all of them."""
     dt, saved = T / (SAVES - 1) / m, []
     for _ in target:
@@ -55,6 +57,17 @@ def rk4_checkpoint(theta, data, size):
     return rk4(theta, data, size, checkpointed(march), 5)
 
 
+@cache
+def compiled(part):
+    """Of one shape, on first use; the loop around it stays in Python."""
+    return torch.compile(part, dynamic=False)
+
+
+@torch.compiler.disable
+def rk4_compile(theta, data, size):
+    return rk4(theta, data, size, partial(march, step=compiled(step)))
+
+
 def step_inplace(u, dt, net):
     """Stages go into a sum; u may not be overwritten, the tape needs it for u^3."""
     k = f(u, **net)
@@ -65,13 +78,13 @@ def step_inplace(u, dt, net):
     return du.add_(u)
 
 
-def march_inplace(u, net, target, m):
+def march_inplace(u, net, target, m, step=step_inplace):
     """States go into a buffer."""
     dt = T / (SAVES - 1) / m
     saved = torch.empty(len(target), *u.shape, dtype=u.dtype, device=u.device)
     for i in range(len(target)):
         for _ in range(m):
-            u = step_inplace(u, dt, net)
+            u = step(u, dt, net)
         saved[i] = u
     saved -= target[:, None]
     return u, saved.square().sum()
@@ -85,10 +98,17 @@ def rk4_inplace_checkpoint(theta, data, size):
     return rk4(theta, data, size, checkpointed(march_inplace), 5)
 
 
+@torch.compiler.disable
+def rk4_inplace_compile(theta, data, size):
+    return rk4(theta, data, size, partial(march_inplace, step=compiled(step_inplace)))
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs)},
     "rk4": {
-        "array": Implementation(rk4, strategies={"checkpoint": rk4_checkpoint}),
-        "inplace": Implementation(rk4_inplace, strategies={"checkpoint": rk4_inplace_checkpoint}),
+        "array": Implementation(rk4, strategies={"checkpoint": rk4_checkpoint, "compile": rk4_compile}),
+        "inplace": Implementation(
+            rk4_inplace, strategies={"checkpoint": rk4_inplace_checkpoint, "compile": rk4_inplace_compile}
+        ),
     },
 }

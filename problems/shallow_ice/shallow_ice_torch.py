@@ -1,5 +1,7 @@
 """The valley glacier in PyTorch: whole arrays on the eager tape; the temperatures are a leading axis."""
 
+from functools import cache
+
 import torch
 from torch.nn.functional import pad, softplus
 from torch.utils.checkpoint import checkpoint
@@ -139,10 +141,28 @@ def ude_inplace_checkpoint(theta, data, size):
     return ude(theta, data, size, checkpointed(step_inplace))
 
 
+@cache
+def compiled(part):
+    """Of one shape, on first use; the loop around it stays in Python."""
+    return torch.compile(part, dynamic=False)
+
+
+@torch.compiler.disable
+def ude_compile(theta, data, size):
+    return ude(theta, data, size, compiled(step))
+
+
+@torch.compiler.disable
+def ude_inplace_compile(theta, data, size):
+    return ude(theta, data, size, compiled(step_inplace))
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
     "ude": {
-        "array": Implementation(ude, strategies={"checkpoint": ude_checkpoint}),
-        "inplace": Implementation(ude_inplace, strategies={"checkpoint": ude_inplace_checkpoint}),
+        "array": Implementation(ude, strategies={"checkpoint": ude_checkpoint, "compile": ude_compile}),
+        "inplace": Implementation(
+            ude_inplace, strategies={"checkpoint": ude_inplace_checkpoint, "compile": ude_inplace_compile}
+        ),
     },
 }
