@@ -84,8 +84,10 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
 
     stage("primal")
     began = time.perf_counter()
-    run = getattr(backend, f"{spec['strategy']}_primal", backend.primal)  # where a strategy runs the loss its own way
-    primal = run(bind(implementation.loss, size, work))
+    run, ran = backend.primal, implementation.loss
+    if own := getattr(backend, f"{spec['strategy']}_primal", None):  # where a strategy runs the loss its own way
+        run, ran = own, implementation.strategies.get(spec["strategy"], implementation.loss)
+    primal = run(bind(ran, size, work))
     value = backend.wait(primal(*on))
     result["primal_first_call_s"] = time.perf_counter() - began
     off = judge.loss_error(float(number(backend, value)), float(loss), theta, gradient)

@@ -1,6 +1,9 @@
 """The Brusselator in PyTorch: whole arrays on the eager tape."""
 
+from functools import cache
+
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from problems import Implementation
 from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues
@@ -57,52 +60,116 @@ def misfit(u):
     return torch.sum((1 - u) ** 2) / 2
 
 
-def imex(theta, data, size):
+def checkpointed(part):
+    """Stores the inputs of this part of the loss alone, and runs it again in the reverse pass."""
+    return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def explicit(U, V, A, B, dt, push):
+    flow = A * U - U * U * V
+    source = B - U - flow
+    if push is not None:
+        source = source + push
+    return U + dt * source, V + dt * flow
+
+
+def implicit(U, V, g):
     """Two real fields, one complex FFT: S is real, so S (U + i V) = S U + i S V; 1.2 times faster than rfft2, and than Q."""
+    w = torch.fft.ifft2(g * torch.fft.fft2(torch.complex(U, V)))
+    return w.real, w.imag
+
+
+def imex(theta, data, size, keep=lambda interval: interval, explicit=explicit):
     u, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     g = solver(alpha, size, u)
     push = FORCING * data["disc"]
+
+    @keep
+    def interval(U, V, steps):
+        for n in steps:
+            U, V = implicit(*explicit(U, V, A, B, dt, push if n >= first else None), g)
+        return U, V, misfit(U) + misfit(V)
+
     loss = misfit(u)
     U, V = u
-    for n in range(saves * every):
-        flow = A * U - U * U * V
-        source = B - U - flow
-        if n >= first:
-            source = source + push
-        w = torch.fft.ifft2(g * torch.fft.fft2(torch.complex(U + dt * source, V + dt * flow)))
-        U, V = w.real, w.imag
-        if (n + 1) % every == 0:
-            loss = loss + misfit(U) + misfit(V)
+    for n in range(0, saves * every, every):
+        U, V, part = interval(U, V, range(n, n + every))
+        loss = loss + part
     return loss
 
 
-def imex_inplace(theta, data, size):
+def imex_checkpoint(theta, data, size):
+    """One state a sample is stored, as in JAX: next to every step's, 0.7 times the time and half the memory."""
+    return imex(theta, data, size, checkpointed)
+
+
+@cache
+def compiled(part):
+    """Of one shape, on first use; the loop around it stays in Python."""
+    return torch.compile(part, dynamic=False)
+
+
+@torch.compiler.disable
+def imex_compile(theta, data, size):
+    """The FFTs stay outside: inductor has no complex numbers, and a step compiled with them takes 1.7 times as long as eager."""
+    return imex(theta, data, size, explicit=compiled(explicit))
+
+
+def explicit_inplace(u, A, B, dt, push):
+    U, V = u
+    flow = dt * (A * U - U * U * V)
+    r = u.clone()
+    r[0] *= 1 - dt
+    r[0] += dt * B
+    r[0] -= flow
+    r[1] += flow
+    if push is not None:
+        r[0] += push
+    return r
+
+
+def implicit_inplace(r, g):
+    waves = torch.fft.rfft2(r)
+    waves *= g
+    return torch.fft.irfft2(waves, r.shape[-2:])
+
+
+def imex_inplace(theta, data, size, keep=lambda interval: interval, explicit=explicit_inplace):
     A, B, alpha, dt = theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     u = theta["u0"].clone()
     g = solver(alpha, size, u)[:, : size.N // 2 + 1]
     push = dt * FORCING * data["disc"]
+
+    @keep
+    def interval(u, steps):
+        for n in steps:
+            u = implicit_inplace(explicit(u, A, B, dt, push if n >= first else None), g)
+        return u, misfit(u)
+
     loss = misfit(u)
-    for n in range(saves * every):
-        U, V = u
-        flow = dt * (A * U - U * U * V)
-        r = u.clone()
-        r[0] *= 1 - dt
-        r[0] += dt * B
-        r[0] -= flow
-        r[1] += flow
-        if n >= first:
-            r[0] += push
-        waves = torch.fft.rfft2(r)
-        waves *= g
-        u = torch.fft.irfft2(waves, r.shape[-2:])
-        if (n + 1) % every == 0:
-            loss += misfit(u)
+    for n in range(0, saves * every, every):
+        u, part = interval(u, range(n, n + every))
+        loss += part
     return loss
+
+
+def imex_inplace_checkpoint(theta, data, size):
+    return imex_inplace(theta, data, size, checkpointed)
+
+
+@torch.compiler.disable
+def imex_inplace_compile(theta, data, size):
+    return imex_inplace(theta, data, size, explicit=compiled(explicit_inplace))
 
 
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
-    "imex": {"array": Implementation(imex), "inplace": Implementation(imex_inplace)},
+    "imex": {
+        "array": Implementation(imex, strategies={"checkpoint": imex_checkpoint, "compile": imex_compile}),
+        "inplace": Implementation(
+            imex_inplace, strategies={"checkpoint": imex_inplace_checkpoint, "compile": imex_inplace_compile}
+        ),
+    },
 }

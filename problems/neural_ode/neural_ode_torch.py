@@ -1,7 +1,10 @@
 """The neural ODE in PyTorch: dense layers on the eager tape, a Python loop over time."""
 
+from functools import cache, partial
+
 import torch
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from problems import Implementation
 from problems.neural_ode import SAVES, T
@@ -25,37 +28,87 @@ def step(u, dt, net):
     return torch.add(u, torch.add(k1 + k4, k2 + k3, alpha=2), alpha=dt / 6)
 
 
-def rk4(theta, data, size):
-    u, target = data["u0"], data["target"]  # (b, 2), (30, 2)
-    dt = T / (SAVES - 1) / size.m
-    saved = [u]
-    for _ in range(SAVES - 1):
-        for _ in range(size.m):
-            u = step(u, dt, theta)
+def checkpointed(part):
+    """Stores the inputs of this part of the loss alone, and runs it again in the reverse pass."""
+    return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def march(u, net, target, m, step=step):
+    """The state at the last save time of target (times, 2), and the misfit at all of them."""
+    dt, saved = T / (SAVES - 1) / m, []
+    for _ in target:
+        for _ in range(m):
+            u = step(u, dt, net)
         saved.append(u)
-    return torch.sum((torch.stack(saved) - target[:, None]) ** 2)
+    return u, torch.sum((torch.stack(saved) - target[:, None]) ** 2)
+
+
+def rk4(theta, data, size, march=march, saves=SAVES - 1):
+    u, target = data["u0"], data["target"]  # (b, 2), (30, 2)
+    loss = torch.sum((u - target[0]) ** 2)
+    for part in target[1:].split(saves):
+        u, misfit = march(u, theta, part, size.m)
+        loss = loss + misfit
+    return loss
+
+
+def rk4_checkpoint(theta, data, size):
+    """Every fifth saved state: next to every one, 0.75 to 0.9 times the time at the same memory."""
+    return rk4(theta, data, size, checkpointed(march), 5)
+
+
+@cache
+def compiled(part):
+    """Of one shape, on first use; the loop around it stays in Python."""
+    return torch.compile(part, dynamic=False)
+
+
+@torch.compiler.disable
+def rk4_compile(theta, data, size):
+    return rk4(theta, data, size, partial(march, step=compiled(step)))
+
+
+def step_inplace(u, dt, net):
+    """Stages go into a sum; u may not be overwritten, the tape needs it for u^3."""
+    k = f(u, **net)
+    du = dt / 6 * k
+    for ahead, weight in ((dt / 2, dt / 3), (dt / 2, dt / 3), (dt, dt / 6)):
+        k = f(torch.add(u, k, alpha=ahead), **net)
+        du.add_(k, alpha=weight)
+    return du.add_(u)
+
+
+def march_inplace(u, net, target, m, step=step_inplace):
+    """States go into a buffer."""
+    dt = T / (SAVES - 1) / m
+    saved = torch.empty(len(target), *u.shape, dtype=u.dtype, device=u.device)
+    for i in range(len(target)):
+        for _ in range(m):
+            u = step(u, dt, net)
+        saved[i] = u
+    saved -= target[:, None]
+    return u, saved.square().sum()
 
 
 def rk4_inplace(theta, data, size):
-    """States go into a buffer, stages into a sum; u may not be overwritten, the tape needs it for u^3."""
-    u, target = data["u0"], data["target"]
-    dt = T / (SAVES - 1) / size.m
-    saved = torch.empty(SAVES, *u.shape, dtype=u.dtype, device=u.device)
-    saved[0] = u
-    for i in range(1, SAVES):
-        for _ in range(size.m):
-            k = f(u, **theta)
-            du = dt / 6 * k
-            for ahead, weight in ((dt / 2, dt / 3), (dt / 2, dt / 3), (dt, dt / 6)):
-                k = f(torch.add(u, k, alpha=ahead), **theta)
-                du.add_(k, alpha=weight)
-            u = du.add_(u)
-        saved[i] = u
-    saved -= target[:, None]
-    return saved.square().sum()
+    return rk4(theta, data, size, march_inplace)
+
+
+def rk4_inplace_checkpoint(theta, data, size):
+    return rk4(theta, data, size, checkpointed(march_inplace), 5)
+
+
+@torch.compiler.disable
+def rk4_inplace_compile(theta, data, size):
+    return rk4(theta, data, size, partial(march_inplace, step=compiled(step_inplace)))
 
 
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs)},
-    "rk4": {"array": Implementation(rk4), "inplace": Implementation(rk4_inplace)},
+    "rk4": {
+        "array": Implementation(rk4, strategies={"checkpoint": rk4_checkpoint, "compile": rk4_compile}),
+        "inplace": Implementation(
+            rk4_inplace, strategies={"checkpoint": rk4_inplace_checkpoint, "compile": rk4_inplace_compile}
+        ),
+    },
 }
