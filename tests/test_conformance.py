@@ -42,7 +42,7 @@ def test_every_cell_is_ok_or_says_why_not(c):
 
 
 # the measure of all others at both, the others at one each
-AT = {"numba/adjoint": (0, 1), "jax/reverse": (0,), "torch/reverse": (1,)}
+AT = {"numba/adjoint": (0, 1), "jax/reverse": (0,), "torch/reverse": (1,), "enzyme/reverse": (0,)}
 
 
 @pytest.mark.parametrize(
