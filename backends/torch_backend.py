@@ -64,17 +64,22 @@ class Torch(Backend):
         return derivative
 
     def checkpoint(self, loss):
-        """Of the whole loss, where the implementation gave nothing better for the strategy."""
+        """Of the whole loss, where the implementation gave nothing better."""
         from torch.utils.checkpoint import checkpoint
 
         return self.reverse(lambda theta, data: checkpoint(loss, theta, data, use_reentrant=False))
 
+    def checkpoint_given(self, loss):
+        return self.reverse(loss)
+
     def compile(self, loss):
-        """Loss and gradient are one graph: at the small right-hand sides a third of the time of autograd.grad around a
-        compiled loss. A loop would be unrolled, so a loss with one is kept out of the graph by torch.compiler.disable,
-        and compiles its step."""
+        """Loss and gradient as one graph, faster than autograd.grad around a compiled loss. It would unroll a loop: a loss
+        that has one compiles its own step."""
         self.torch._dynamo.config.trace_autograd_ops = True
         return self.torch.compile(self.reverse(loss), dynamic=False)
+
+    def compile_given(self, loss):
+        return self.reverse(loss)
 
     def compile_primal(self, loss):
         return self.torch.compile(self.primal(loss), dynamic=False)

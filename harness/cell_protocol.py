@@ -84,9 +84,7 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
 
     stage("primal")
     began = time.perf_counter()
-    run, ran = backend.primal, implementation.loss
-    if own := getattr(backend, f"{spec['strategy']}_primal", None):  # where a strategy runs the loss its own way
-        run, ran = own, implementation.strategies.get(spec["strategy"], implementation.loss)
+    run, ran = primal_of(backend, implementation, spec["strategy"])
     primal = run(bind(ran, size, work))
     value = backend.wait(primal(*on))
     result["primal_first_call_s"] = time.perf_counter() - began
@@ -211,8 +209,21 @@ def prepared(
 ) -> tuple[Callable, Any]:
     """derivative(theta, data) of a strategy, and the `work` that it holds."""
     work = implementation.prepare(structure(theta, data), size) if implementation.prepare else None
-    chosen = implementation.strategies.get(strategy, implementation.loss)
-    return getattr(backend, strategy)(bind(chosen, size, work)), work
+    given = implementation.strategies.get(strategy)
+    method = getattr(backend, strategy)
+    if given:  # what the backend does by itself would be done twice
+        method = getattr(backend, f"{strategy}_given", method)
+    return method(bind(given or implementation.loss, size, work)), work
+
+
+def primal_of(backend: Any, implementation: Implementation, strategy: str) -> tuple[Callable, Callable]:
+    """(the backend's way of running it, the loss) as the strategy runs them: usually the plain ones."""
+    given = implementation.strategies.get(strategy)
+    if given and hasattr(backend, f"{strategy}_given"):
+        return backend.primal, given
+    if own := getattr(backend, f"{strategy}_primal", None):
+        return own, given or implementation.loss
+    return backend.primal, implementation.loss
 
 
 def bind(function: Callable, size: Any, work: Any) -> Callable:

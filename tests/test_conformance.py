@@ -106,7 +106,7 @@ def test_every_cell_is_ok_or_says_why_not(c, quickly):
 
 
 # the measure of all others at both, the others at one each
-AT = {"numba/adjoint": (0, 1), "jax/reverse": (0,), "torch/reverse": (1,), "casadi/tape": (0, 1)}
+AT = {"numba/adjoint": (0, 1), "jax/reverse": (0,), "torch/reverse": (1,), "casadi/tape": (1,), "enzyme/reverse": (0,)}
 
 
 @pytest.mark.parametrize(

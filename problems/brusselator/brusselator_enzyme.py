@@ -1,6 +1,9 @@
-"""The Brusselator in Numba for Enzyme: the very loops of the hand-written adjoint's primal."""
+"""The Brusselator for Enzyme: the very loops of the hand-written adjoint's primal in Numba, and the same in C++."""
 
+import jax
 import jax.numpy as jnp
+from enzyme_ad.jax import cpp_call
+from llvmlite.binding import get_host_cpu_name
 from numba import njit
 
 from backends.enzyme_backend import differentiable, scratch
@@ -13,6 +16,47 @@ def rhs(theta, data, size):
     force = FORCING if size.t >= T_FORCING else 0.0
     c = theta["alpha"] * (size.N - 1) ** 2
     return differentiable(rhs_kernel)(theta["u"], theta["A"], theta["B"], c, force, data["disc"], data["v"])
+
+
+# C++ as enzyme-ad compiles it: an output may be written once only, and every argument is differentiated. The flags are those
+# of clang's own front end, which takes neither -ffast-math nor -march=native for more than a name: the primal is SIMD by them.
+FAST = (
+    "-menable-no-infs",
+    "-menable-no-nans",
+    "-fno-signed-zeros",
+    "-mreassociate",
+    "-freciprocal-math",
+    "-ffp-contract=fast",
+)
+FLAGS = "-O3", "-target-cpu", get_host_cpu_name(), *FAST
+CPP = """
+using namespace enzyme;
+template <class real, std::size_t N>
+void rhs(tensor<real> &out, const tensor<real, 2, N, N> &u, const tensor<real> &A, const tensor<real> &B,
+         const tensor<real> &c, const tensor<real> &force, const tensor<real, N, N> &disc, const tensor<real, 2, N, N> &v) {
+  real loss = 0;
+  for (int i = 0; i < N; i++) {
+    int im = i > 0 ? i - 1 : N - 1, ip = i < N - 1 ? i + 1 : 0;
+    for (int j = 0; j < N; j++) {
+      int jm = j > 0 ? j - 1 : N - 1, jp = j < N - 1 ? j + 1 : 0;
+      real U = u[0][i][j], V = u[1][i][j], U2V = U * U * V;
+      real lapU = u[0][im][j] + u[0][ip][j] + u[0][i][jm] + u[0][i][jp] - 4 * U;
+      real lapV = u[1][im][j] + u[1][ip][j] + u[1][i][jm] + u[1][i][jp] - 4 * V;
+      loss += v[0][i][j] * (B + U2V - (A + 1) * U + c * lapU + force * disc[i][j]);
+      loss += v[1][i][j] * (A * U - U2V + c * lapV);
+    }
+  }
+  out = loss;
+}
+"""
+
+
+def rhs_cpp(theta, data, size):
+    u = theta["u"]
+    force = jnp.array(FORCING if size.t >= T_FORCING else 0.0, u.dtype)
+    arguments = u, theta["A"], theta["B"], theta["alpha"] * (size.N - 1) ** 2, force, data["disc"], data["v"]
+    out = [jax.core.ShapedArray((), u.dtype)]
+    return cpp_call(*arguments, out_shapes=out, source=CPP, fn="rhs", argv=FLAGS)[0]
 
 
 def solver(alpha, size, Q):
@@ -41,6 +85,6 @@ def imex(theta, data, size):
 
 
 IMPLEMENTATION = {
-    "rhs": {"loops": Implementation(rhs)},
+    "rhs": {"loops": Implementation(rhs), "cpp": Implementation(rhs_cpp)},
     "imex": {"loops": Implementation(imex)},
 }

@@ -110,7 +110,6 @@ def compiled(part):
     return torch.compile(part, dynamic=False)
 
 
-@torch.compiler.disable
 def imex_compile(theta, data, size):
     """The FFTs stay outside: inductor has no complex numbers, and a step compiled with them takes 1.7 times as long as eager."""
     return imex(theta, data, size, explicit=compiled(explicit))
@@ -159,7 +158,6 @@ def imex_inplace_checkpoint(theta, data, size):
     return imex_inplace(theta, data, size, checkpointed)
 
 
-@torch.compiler.disable
 def imex_inplace_compile(theta, data, size):
     return imex_inplace(theta, data, size, explicit=compiled(explicit_inplace))
 

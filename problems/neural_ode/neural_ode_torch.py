@@ -63,7 +63,6 @@ def compiled(part):
     return torch.compile(part, dynamic=False)
 
 
-@torch.compiler.disable
 def rk4_compile(theta, data, size):
     return rk4(theta, data, size, partial(march, step=compiled(step)))
 
@@ -98,7 +97,6 @@ def rk4_inplace_checkpoint(theta, data, size):
     return rk4(theta, data, size, checkpointed(march_inplace), 5)
 
 
-@torch.compiler.disable
 def rk4_inplace_compile(theta, data, size):
     return rk4(theta, data, size, partial(march_inplace, step=compiled(step_inplace)))
 

@@ -147,12 +147,10 @@ def compiled(part):
     return torch.compile(part, dynamic=False)
 
 
-@torch.compiler.disable
 def ude_compile(theta, data, size):
     return ude(theta, data, size, compiled(step))
 
 
-@torch.compiler.disable
 def ude_inplace_compile(theta, data, size):
     return ude(theta, data, size, compiled(step_inplace))
 
