@@ -1057,6 +1057,7 @@ class Enzyme(Backend):
             # page faults of the next call are half of its time (shallow_ice.ude, N = 32).
             "MALLOC_MMAP_MAX_": "0",
             "MALLOC_TRIM_THRESHOLD_": "2147483647",
+            "NPROC": str(max(threads, 2)),  # threads of XLA's pool: with one, pure_callback can wait for ever (see jax)
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_X64": "1",
             "JAX_ENABLE_COMPILATION_CACHE": "0",
