@@ -81,6 +81,12 @@ def inputs(cell: Cell, size: tuple) -> str:
     return str(path)
 
 
+def entries(cell: Cell) -> int:
+    """Of theta."""
+    with np.load(inputs(cell, size_of(cell))) as arrays:
+        return sum(arrays[name].size for name in arrays.files if name.startswith("theta "))
+
+
 def _adjoint_passes(cell: Cell, size: tuple, task) -> bool:
     """Whether there is a hand adjoint that is right at tiny, entry by entry, and at this size, along directions."""
     form = outline(cell.problem, "numba").get(cell.task, {})

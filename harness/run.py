@@ -19,7 +19,7 @@ from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
 from harness.machine import commit, lock_hash, machine, machine_class
 from harness.measure import as_is, key, measure, measure_floor, record
 from harness.processes import everywhere
-from harness.reference import NoReference, reference
+from harness.reference import NoReference, entries, reference
 from harness.statistics import summary
 
 
@@ -35,7 +35,7 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(("small",), False, False, budget=0.5, processes=1, limit=20.0),
-    "default": Preset(("small", "large"), True, False, budget=1.0, processes=2, limit=60.0),
+    "default": Preset(("small", "large"), True, False, budget=0.5, processes=1, limit=60.0),
     "full": Preset(SIZES, True, True, budget=2.0, processes=3, limit=600.0),
 }
 
@@ -208,7 +208,7 @@ def _measure(cell: Cell, context: Context, records: dict[str, CellRecord]) -> Ce
 
 
 def _will_break(cell: Cell, context: Context, records: dict[str, CellRecord]) -> str:
-    """The sentence where three times the time at the next smaller size is more than the limit."""
+    """The sentence where three times the time at the next smaller size, or forward mode's for each entry, breaks the limit."""
     if cell.size not in SIZES or known_status(cell)[0]:
         return ""
     for smaller in reversed(SIZES[: SIZES.index(cell.size)]):
@@ -221,6 +221,13 @@ def _will_break(cell: Cell, context: Context, records: dict[str, CellRecord]) ->
         took, limit = s.derivative.median if s else 0.0, context.limit_s
         if 3 * took > limit:
             return f"Not run: three times its {took:.0f} s at {smaller} would break the limit of {limit:.0f} s."
+        if cell.strategy in ("forward", "duals") and last.blocks:
+            times = entries(cell) / sum(block.size for block in last.blocks.values())
+            if times * took > limit:
+                return (
+                    f"Not run: {times:.0f} times the entries of theta, each at its {took:.2g} s of {smaller} or more, "
+                    f"would break the limit of {limit:.0f} s."
+                )
         return ""
     return ""
 

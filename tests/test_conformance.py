@@ -80,7 +80,8 @@ def quickly():
         try:
             return server.measure(c)
         except BaseException:
-            server.process.kill()
+            server.close()
+            server = None
             raise
 
     yield run
@@ -96,6 +97,8 @@ def is_ok(result):
 @pytest.mark.parametrize("c", TINY, ids=lambda c: c.address)
 def test_every_cell_is_ok_or_says_why_not(c, quickly):
     status, reason = known_status(c)
+    if c.strategy == "compile" and not c.natural and not os.environ.get("ADPHYS_SLOW"):
+        pytest.skip("compiling a second form takes up to minutes; ADPHYS_SLOW=1 runs it")
     if status == "unsupported":
         is_the_error_that_was_declared(c, reason)
     elif status:
