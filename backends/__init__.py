@@ -9,7 +9,9 @@ it, if there is one, because the loss is checkpointed, or compiled, already.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 
@@ -117,6 +119,13 @@ class Backend(ABC):
     @abstractmethod
     def primal(self, loss: Loss) -> Loss:
         """The loss as this library runs it without differentiating; `<strategy>_primal` where a strategy has its own way."""
+
+    def as_is(self, statement: ModuleType, loss: Loss) -> Loss:
+        """A loss of this copy of a statement, in whose globals the library's own NumPy may be put; nothing else is changed."""
+        for name, value in list(vars(statement).items()):
+            if isinstance(value, ModuleType) and value.__name__ in (self.namespace or {}):
+                setattr(statement, name, import_module(self.namespace[value.__name__]))
+        return loss
 
     def where(self, array) -> str:
         """The kind of device that holds the library's array: cpu or cuda."""

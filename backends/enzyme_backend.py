@@ -19,6 +19,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from types import FunctionType
 
 import numpy as np
 
@@ -308,7 +309,7 @@ class _Core:
 def _compile(kernel, types):
     """Numba's overload of the kernel, not optimised: that comes before (_optimize) and after differentiating."""
     from numba import config
-    from numba.core.errors import NumbaError
+    from numba.core.errors import NumbaError, UnsupportedBytecodeError
 
     if not hasattr(kernel, "overloads"):
         raise EnzymeError(f"{kernel} is no Numba kernel; decorate it with @njit.")
@@ -317,8 +318,9 @@ def _compile(kernel, types):
         setattr(config, key, type(value)(0))
     try:
         kernel.compile(types)
-    except NumbaError as e:
-        raise EnzymeError(f"Numba cannot compile {kernel.__name__} for {', '.join(map(str, types))}: {e}") from e
+    except (NumbaError, UnsupportedBytecodeError) as e:
+        why = next(line for line in str(e).splitlines() if line.strip() and not line.startswith("Failed in nopython"))
+        raise EnzymeError(f"Numba cannot compile {kernel.__name__}: {why}") from e
     finally:
         for key, value in before.items():
             setattr(config, key, value)
@@ -1045,6 +1047,7 @@ def _primal():
 
 
 class Enzyme(Backend):
+    namespace = {}  # Numba knows NumPy by its name
     requires = ("enzyme-ad", "absl-py", "jax", "jaxlib", "numba", "llvmlite", "numpy", "scipy")
 
     @staticmethod
@@ -1070,6 +1073,23 @@ class Enzyme(Backend):
         import numba  # noqa: F401
 
         self.jax = jax
+
+    def as_is(self, statement, loss):
+        """Every function of it under @njit, and a kernel of plain arguments that makes its dicts."""
+        from numba import njit
+
+        for name, f in list(vars(statement).items()):
+            if isinstance(f, FunctionType):
+                setattr(statement, name, njit(f))
+
+        def call(theta, data, size):
+            # a dict of unlike values is a struct to Numba, and None is unlike any other
+            dicts = ["{" + ", ".join([*(f"{n!r}: {n}" for n in arrays), "'': None"]) + "}" for arrays in (theta, data)]
+            source = f"def kernel({', '.join((*theta, *data))}):\n    return {loss.__name__}({', '.join(dicts)}, size)"
+            exec(source, scope := vars(statement) | {"size": size})
+            return differentiable(njit(scope["kernel"]))(*theta.values(), *data.values())
+
+        return call
 
     def put(self, array):
         return self.jax.device_put(array)

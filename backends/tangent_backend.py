@@ -8,6 +8,7 @@ from backends import Backend
 
 
 class Tangent(Backend):
+    namespace = {}  # it reads NumPy's own names
     requires = ("tangent-ad", "numpy", "scipy")
 
     @staticmethod

@@ -195,13 +195,10 @@ def load_implementation(spec: dict) -> Implementation:
 
 
 def load_statement(spec: dict, backend: Any) -> Implementation:
-    """A form of the statement as it is, but that the library's own NumPy stands where it imported NumPy."""
+    """A form of the statement as it is, in a copy of its module."""
     module, file = ModuleType("statement"), importlib.import_module(f"problems.{spec['problem']}").__file__
     exec(compile(Path(file or "").read_text(), file or "", "exec"), vars(module))
-    for name, value in list(vars(module).items()):
-        if isinstance(value, ModuleType) and value.__name__ in backend.namespace:
-            setattr(module, name, importlib.import_module(backend.namespace[value.__name__]))
-    return Implementation(module.TASKS[spec["task"]].forms[spec["form"]])
+    return Implementation(backend.as_is(module, module.TASKS[spec["task"]].forms[spec["form"]]))
 
 
 def prepared(

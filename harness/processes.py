@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -51,6 +52,8 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
         stage = found[-1]["stage"] if found else "start"
         result = _ended(ended, stage, limit, process.returncode, said)
     reason = result.get("reason", "")
+    for place in (folder, str(ROOT), sysconfig.get_path("purelib")):  # a sentence is for every machine
+        reason = reason.replace(f"{place}/", "")
     ends = "" if not reason or reason.endswith((".", "!", "?")) else "."
     return result | {"reason": reason + ends, "wall_s": time.monotonic() - began}
 

@@ -163,7 +163,7 @@ def imex(theta, data, size):
 def rhs_inplace(theta, data, size):
     u, A, B, alpha = theta["u"], theta["A"], theta["B"], theta["alpha"]
     c = alpha * (size.N - 1) ** 2
-    du = np.empty(u.shape, np.result_type(*theta.values()))
+    du = np.empty_like(u + A + B + alpha)  # complex where any of them is
     du[:] = -4 * u
     du[:, 1:] += u[:, :-1]
     du[:, 0] += u[:, -1]
@@ -226,7 +226,7 @@ def rhs_loops(theta, data, size):
     N = size.N
     c = alpha * (N - 1) ** 2
     force = FORCING if size.t >= T_FORCING else 0.0
-    du = np.empty(u.shape, np.result_type(*theta.values()))
+    du = np.empty_like(u + A + B + alpha)  # complex where any of them is
     for i in range(N):
         im = i - 1 if i > 0 else N - 1
         ip = i + 1 if i < N - 1 else 0

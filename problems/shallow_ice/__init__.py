@@ -312,12 +312,13 @@ def sia_loops(dH, S, D, Fx, Fy, H, B, A, dx):
 
 def scratch(N, dtype):
     """dH, S, D, Fx, Fy."""
-    return [np.zeros(s, dtype) for s in ((N, N), (N, N), (N - 1, N - 1), (N - 1, N), (N, N - 1))]
+    dH, S, D = np.zeros((N, N), dtype), np.zeros((N, N), dtype), np.zeros((N - 1, N - 1), dtype)
+    return dH, S, D, np.zeros((N - 1, N), dtype), np.zeros((N, N - 1), dtype)
 
 
 def rhs_loops(theta, data, size):
     H, A, v, N = theta["H"], size.A * np.exp(theta["lnA"]), data["v"], size.N
-    w = scratch(N, np.result_type(H, A))
+    w = scratch(N, (H + A).dtype)
     sia_loops(*w, H, data["B"], A, BOX / N)
     dH, loss = w[0], 0.0
     for i in range(N):
@@ -331,7 +332,7 @@ def ude_loops(theta, data, size):
     A = fluidity(theta, data["T"])
     N, spy, loss = size.N, steps_a_year(size), 0.0
     dx, dt, cells = BOX / N, 1 / spy, [(i, j) for i in range(N) for j in range(N)]
-    w = scratch(N, np.result_type(A, H0))
+    w = scratch(N, (A[0] + H0).dtype)
     dH, H, H1 = w[0], np.empty_like(w[0]), np.empty_like(w[0])
     for k in range(len(A)):
         H[:] = H0
