@@ -192,9 +192,11 @@ def sizes(part: pd.DataFrame) -> list[str]:
 
 
 def shown_size(part: pd.DataFrame) -> str:
-    """The size of one task that stands for it: large where there is one, else small, tiny, the largest."""
+    """The size of one task that stands for it: large where most of its ways are there, else small, tiny, the largest."""
     have = sizes(part)
-    return next((size for size in reversed(cells.SIZES) if size in have), have[0])
+    ways = part.groupby("size").way.nunique()
+    named = [size for size in reversed(cells.SIZES) if size in have and 2 * ways[size] > ways.max()]
+    return (named or have)[0]
 
 
 def size_title(part: pd.DataFrame) -> str:
