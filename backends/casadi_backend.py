@@ -35,6 +35,10 @@ class CasADi(Backend):
     def tape(self, loss):
         return self._function(loss, True)
 
+    def tape_primal(self, loss):
+        """Of the loss that is differentiated, where a strategy was given its own."""
+        return self.primal(loss)
+
     def compile(self, loss):
         return self._function(loss, True, self._by_compiler())
 

@@ -834,7 +834,7 @@ def _entry(program, mode, active):
         lines.append(f"call void @core({', '.join(f'ptr %{name}' for name, _ in arguments)}, ptr %status)")
     else:
         # Without the flag, a pointer to this array or that, one of them not differentiated, gets its gradient written into
-        # the other's data: silently wrong. It costs nothing measurable: one branch beside the scatter.
+        # the other's data: silently wrong.
         words = ["ptr @core", 'metadata !"enzyme_runtime_activity"']
         for name, shadow in arguments:
             words.append(

@@ -22,7 +22,7 @@ MEMORY_SHARE = 0.85  # of what the machine has: beyond it the kernel would choos
 
 def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: float) -> dict:
     """The result of one worker, always with `status` and `reason`; wall seconds as `wall_s`."""
-    with tempfile.TemporaryDirectory(prefix="adphys-") as folder:
+    with tempfile.TemporaryDirectory(prefix="adphys-", ignore_cleanup_errors=True) as folder:
         spec_path, out_path, log = (Path(folder) / name for name in ("spec.json", "out.jsonl", "log"))
         spec_path.write_text(json.dumps({"mode": mode, "cpus": cpus(threads)} | spec))
         began = time.monotonic()

@@ -222,11 +222,14 @@ def _will_break(cell: Cell, context: Context, records: dict[str, CellRecord]) ->
         if 3 * took > limit:
             return f"Not run: three times its {took:.0f} s at {smaller} would break the limit of {limit:.0f} s."
         if cell.strategy in ("forward", "duals") and last.blocks:
-            times = entries(cell) / sum(block.size for block in last.blocks.values())
+            try:
+                times = entries(cell) / sum(block.size for block in last.blocks.values())
+            except NoReference:  # the cell itself says so
+                return ""
             if times * took > limit:
                 return (
-                    f"Not run: {times:.0f} times the entries of theta, each at its {took:.2g} s of {smaller} or more, "
-                    f"would break the limit of {limit:.0f} s."
+                    f"Not run: theta has {times:.0f} times the entries of {smaller}, where the gradient took {took:.2g} s; "
+                    f"at no more an entry it would break the limit of {limit:.0f} s."
                 )
         return ""
     return ""

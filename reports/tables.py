@@ -290,7 +290,7 @@ def _outcome(tried: AsIs | None, notes: list[str]) -> str:
     said = tried.reason if len(tried.reason) <= 200 else f"{tried.reason[:200]}..."
     if said not in notes:
         notes.append(said)
-    what = {"wrong": "**wrong**", "timeout": "timeout"}.get(tried.status, "refused")
+    what = {"wrong": "**wrong**", "error": "refused"}.get(tried.status, tried.status)
     return f"{what} [{notes.index(said) + 1}]"
 
 

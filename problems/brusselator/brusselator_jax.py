@@ -30,7 +30,7 @@ def rhs(theta, data, size):
 
 def rhs_loops(theta, data, size):
     """Cell by cell. Reverse mode adds the cotangent of every read of u to the whole of it, N^2 times N^2 numbers: 30 times
-    the time of whole arrays at N = 32, thousands of times at N = 256."""
+    the time of whole arrays at N = 32."""
     u, A, B, alpha, N = theta["u"], theta["A"], theta["B"], theta["alpha"], size.N
     force = FORCING if size.t >= T_FORCING else 0.0
 
