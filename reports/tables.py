@@ -264,7 +264,7 @@ def rewriting(runs: list[Run], rows: pd.DataFrame) -> list[Rewriting]:
     }
     found = []
     for task in sorted({name for name, _, _ in latest}):
-        forms = list(dict.fromkeys(form for name, _, form in latest if name == task))
+        forms = sorted({form for name, _, form in latest if name == task})
         libraries = sorted({library for name, library, _ in latest if name == task})
         notes: list[str] = []
         table = []
