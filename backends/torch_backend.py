@@ -1,8 +1,24 @@
 """PyTorch: eager arrays on a tape that is recorded anew in every call, or a graph captured once and compiled."""
 
 import os
+from functools import cache
 
 from backends import Backend
+
+
+def checkpointed(part):
+    """Stores the inputs of this part of a loss alone, and runs it again in the reverse pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+@cache
+def compiled(part):
+    """A step of a loss, compiled for one shape on first use; the loop around it stays in Python."""
+    import torch
+
+    return torch.compile(part, dynamic=False)
 
 
 class Torch(Backend):
@@ -65,9 +81,7 @@ class Torch(Backend):
 
     def checkpoint(self, loss):
         """Of the whole loss, where the implementation gave nothing better."""
-        from torch.utils.checkpoint import checkpoint
-
-        return self.reverse(lambda theta, data: checkpoint(loss, theta, data, use_reentrant=False))
+        return self.reverse(checkpointed(loss))
 
     def checkpoint_given(self, loss):
         return self.reverse(loss)

@@ -1,10 +1,8 @@
 """The Brusselator in PyTorch: whole arrays on the eager tape."""
 
-from functools import cache
-
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from backends.torch_backend import checkpointed, compiled
 from problems import Implementation
 from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues
 
@@ -60,11 +58,6 @@ def misfit(u):
     return torch.sum((1 - u) ** 2) / 2
 
 
-def checkpointed(part):
-    """Stores the inputs of this part of the loss alone, and runs it again in the reverse pass."""
-    return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
 def explicit(U, V, A, B, dt, push):
     flow = A * U - U * U * V
     source = B - U - flow
@@ -102,12 +95,6 @@ def imex(theta, data, size, keep=lambda interval: interval, explicit=explicit):
 def imex_checkpoint(theta, data, size):
     """One state a sample is stored, as in JAX: next to every step's, 0.7 times the time and half the memory."""
     return imex(theta, data, size, checkpointed)
-
-
-@cache
-def compiled(part):
-    """Of one shape, on first use; the loop around it stays in Python."""
-    return torch.compile(part, dynamic=False)
 
 
 def imex_compile(theta, data, size):

@@ -1,11 +1,11 @@
 """The neural ODE in PyTorch: dense layers on the eager tape, a Python loop over time."""
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
+from backends.torch_backend import checkpointed, compiled
 from problems import Implementation
 from problems.neural_ode import SAVES, T
 
@@ -26,11 +26,6 @@ def step(u, dt, net):
     k3 = f(torch.add(u, k2, alpha=dt / 2), **net)
     k4 = f(torch.add(u, k3, alpha=dt), **net)
     return torch.add(u, torch.add(k1 + k4, k2 + k3, alpha=2), alpha=dt / 6)
-
-
-def checkpointed(part):
-    """Stores the inputs of this part of the loss alone, and runs it again in the reverse pass."""
-    return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def march(u, net, target, m, step=step):
@@ -55,12 +50,6 @@ def rk4(theta, data, size, march=march, saves=SAVES - 1):
 def rk4_checkpoint(theta, data, size):
     """Every fifth saved state: next to every one, 0.75 to 0.9 times the time at the same memory."""
     return rk4(theta, data, size, checkpointed(march), 5)
-
-
-@cache
-def compiled(part):
-    """Of one shape, on first use; the loop around it stays in Python."""
-    return torch.compile(part, dynamic=False)
 
 
 def rk4_compile(theta, data, size):

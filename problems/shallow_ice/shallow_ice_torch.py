@@ -1,11 +1,11 @@
 """The valley glacier in PyTorch: whole arrays on the eager tape; the temperatures are a leading axis."""
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch.nn.functional import pad, softplus
-from torch.utils.checkpoint import checkpoint
 
+from backends.torch_backend import checkpointed, compiled
 from problems import Implementation
 from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, steps_a_year
 
@@ -127,11 +127,6 @@ def ude_inplace(theta, data, size):
     return ude(theta, data, size, step_inplace)
 
 
-def checkpointed(step):
-    """Stores the inputs of a step alone, and runs it again in the reverse pass."""
-    return lambda *inputs: checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
 def ude_checkpoint(theta, data, size):
     """A state a step; a state a year takes 1.3 times the memory at N = 32, and as long."""
     return ude(theta, data, size, checkpointed(step))
@@ -139,12 +134,6 @@ def ude_checkpoint(theta, data, size):
 
 def ude_inplace_checkpoint(theta, data, size):
     return ude(theta, data, size, checkpointed(step_inplace))
-
-
-@cache
-def compiled(part):
-    """Of one shape, on first use; the loop around it stays in Python."""
-    return torch.compile(part, dynamic=False)
 
 
 def ude_compile(theta, data, size):
