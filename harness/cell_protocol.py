@@ -25,6 +25,7 @@ from problems import Implementation, structure
 
 SAMPLE_S = 5e-3  # the least length of a sample (ADBench's rule: double the calls until it is measurable)
 MOST_SAMPLES = 100
+MOST_BUDGETS = 10  # no further sample once they have taken so many: of a call of half a minute one is enough
 
 
 class Invalid(Exception):
@@ -368,9 +369,10 @@ def reference_kernel(a=np.linspace(0.1, 1.0, 4096)) -> float:  # noqa: B008 - on
 def sample(call: Callable, budget: float, least: int, warm: dict) -> dict:
     """Wall and CPU seconds a call, and the reference kernel's beside them, until the budget is spent.
 
-    `warm` is the call that warmed up. Where it alone breaks the budget it is the first of the samples, `least` in all.
+    `warm` is the call that warmed up. Where it alone breaks the budget it is the first of the samples, `least` in all,
+    or fewer where they take MOST_BUDGETS.
     """
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), 0.0
     number, took = 1, warm["wall"]
     found: dict[str, list] = {name: [] for name in warm}
     if took < budget:
@@ -379,15 +381,16 @@ def sample(call: Callable, budget: float, least: int, warm: dict) -> dict:
             number = max(2 * number, int(number * target / max(took, 1e-7) / 4))
             took = clock(call, number)[0]
     else:
-        found = {name: [value] for name, value in warm.items()}
+        found, spent = {name: [value] for name, value in warm.items()}, took
     gc.collect()
     gc.disable()
     try:
-        while len(found["wall"]) < least or (
+        while (len(found["wall"]) < least and spent < MOST_BUDGETS * budget) or (
             took < budget > time.perf_counter() - start and len(found["wall"]) < MOST_SAMPLES
         ):
             for name, value in once(call, number).items():
                 found[name].append(value)
+            spent += number * found["wall"][-1]
     finally:
         gc.enable()
     return found | {"number": number, "spent_s": time.perf_counter() - start}

@@ -26,7 +26,7 @@ from harness.statistics import summary
 @dataclass(frozen=True)
 class Preset:
     sizes: tuple[str, ...]
-    every_way: bool  # and the statement as it is; else natural form and main strategy only
+    ways: str  # "main": natural form, main strategy; "each": every strategy, every form, not crossed; "all": crossed
     sweep: bool
     budget: float
     processes: int
@@ -34,9 +34,9 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(("small",), False, False, budget=0.5, processes=1, limit=20.0),
-    "default": Preset(("small", "large"), True, False, budget=0.5, processes=1, limit=60.0),
-    "full": Preset(SIZES, True, True, budget=2.0, processes=3, limit=600.0),
+    "quick": Preset(("small",), "main", False, budget=0.5, processes=1, limit=20.0),
+    "default": Preset(("small", "large"), "each", False, budget=0.5, processes=1, limit=60.0),
+    "full": Preset(SIZES, "all", True, budget=2.0, processes=3, limit=600.0),
 }
 
 
@@ -48,7 +48,7 @@ def plan(patterns: list[str], preset: str, device: str) -> list[Cell]:
         for cell in cells(pattern):
             if not explicit and cell.size not in p.sizes:
                 continue
-            if not (p.every_way or explicit) and not _main(cell):
+            if not explicit and not _taken(cell, p.ways):
                 continue
             found[(cell := replace(cell, device=device) if device != "cpu" else cell).address] = cell
         if p.sweep and not explicit:
@@ -61,7 +61,12 @@ def plan(patterns: list[str], preset: str, device: str) -> list[Cell]:
 
 
 def _main(cell: Cell) -> bool:
-    return cell.natural and cell.strategy == backend(cell.backend).strategies()[0]
+    return _taken(cell, "main")
+
+
+def _taken(cell: Cell, ways: str) -> bool:
+    first = cell.strategy == backend(cell.backend).strategies()[0]
+    return {"main": cell.natural and first, "each": cell.natural or first, "all": True}[ways]
 
 
 def _sweep(pattern: str) -> Iterable[Cell]:
@@ -170,7 +175,7 @@ def _references(todo: list[Cell], console: Console) -> None:
 
 def _as_is(writer: Writer, context: Context, before: Run | None, plan: list[Cell], console: Console) -> None:
     """Every form of the statements, unmodified, given to every library that takes NumPy code."""
-    if not PRESETS[context.preset].every_way:
+    if PRESETS[context.preset].ways == "main":
         return
     asked = {(c.problem, c.task, c.backend): c for c in plan if _main(c) and c.device == "cpu" and c.dtype == "float64"}
     todo = [
