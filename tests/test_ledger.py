@@ -8,12 +8,14 @@ from typing import Literal, Union, get_args, get_origin
 
 import jsonschema
 import pytest
+import test_reports
 from conftest import PLAIN, ROOT, is_sentence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from rich.console import Console
 
-from harness import UserError, ledger
+from harness import UserError, ledger, run
 from harness.ledger import RECORD, AsIs, CellRecord, Context, End, Floor, Run, Samples, Writer
 
 KINDS = (Context, CellRecord, AsIs, Floor, End)
@@ -320,3 +322,46 @@ def test_what_is_committed_can_be_read():
     for path in sorted((ROOT / "results" / "ledger").rglob("*.jsonl")):
         run = Run(path)
         assert run.context and datetime.fromisoformat(run.context.started).astimezone(UTC).year >= 2026
+
+
+# A machine that others disturb
+
+
+def recorded(address, kernel, derivative=1e-3, wall_s=1.0):
+    """A record whose reference kernel took so long beside each of six samples of the derivative."""
+    found = test_reports.cell(address, derivative, wall_s=wall_s)
+    found.processes[0].derivative.reference = [kernel] * 6
+    return found
+
+
+def test_a_cell_is_disturbed_where_the_kernel_was_slow_all_the_time():
+    calm = [recorded(f"brusselator.rhs/numba/adjoint@N={n}", 4e-4) for n in range(3, 9)]
+    slow, dear = (
+        recorded("brusselator.rhs/jax/reverse@tiny", 8e-4),
+        recorded("brusselator.rhs/jax/forward@tiny", 8e-4, wall_s=40),
+    )
+    once = recorded("brusselator.rhs/torch/reverse@tiny", 4e-4)
+    once.processes[0].derivative.reference = [4e-4, *[9e-4] * 5]  # now and then
+    assert run.disturbed([*calm, slow, dear, once]) == [slow.cell]
+    assert run.disturbed(calm) == run.disturbed([slow]) == []
+
+
+@pytest.mark.parametrize(("kernel", "kept"), [(4e-4, "second"), (9e-4, "first")])
+def test_a_disturbed_cell_is_measured_once_more_and_the_calmer_record_counts(monkeypatch, kernel, kept):
+    plan = [f"brusselator.rhs/numba/adjoint@N={n}" for n in range(3, 10)]
+    first = {address: recorded(address, 8e-4 if "N=9" in address else 4e-4) for address in plan}
+    second = recorded(plan[-1], kernel, derivative=2e-3)  # slower all the same: that is not what is asked
+    asked, written = [], []
+
+    def measured(cell, context, records):
+        asked.append(cell.address)
+        return second if asked.count(cell.address) == 2 else first[cell.address]
+
+    monkeypatch.setattr(run, "_measure", measured)
+    for name in ("_references", "_floors", "_as_is"):
+        monkeypatch.setattr(run, name, lambda *a: None)
+    context = ledger.Context.model_construct(plan=plan, preset="default")
+    records = run.go(type("Nowhere", (), {"append": written.append}), context, None, Console(stderr=True))
+    assert asked == [*plan, plan[-1]]
+    assert [r.cell for r in written[:-1]] == plan + ([plan[-1]] if kept == "second" else [])
+    assert records[-1] is (second if kept == "second" else first[plan[-1]])
