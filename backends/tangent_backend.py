@@ -18,7 +18,9 @@ class Tangent(Backend):
 
     def __init__(self, device):
         hidden = [name for name in ("torch", "jax", "matplotlib") if name not in sys.modules]
-        sys.modules.update(dict.fromkeys(hidden))  # it imports all that it finds, which is seconds and memory not its own
+        sys.modules.update(
+            dict.fromkeys(hidden)
+        )  # it imports all that it finds, which is seconds and memory not its own
         try:
             import tangent
         finally:
