@@ -357,7 +357,7 @@ def check_gradient(loss: Any, gradient: dict, theta: dict, spec: dict) -> dict:
     return result
 
 
-def check_intact(backend: Any, on: tuple[dict, dict], pristine: tuple[dict, dict]) -> None:
+def check_intact(backend: Any, on: tuple[dict, ...], pristine: tuple[dict, ...]) -> None:
     """The inputs hold what they held before the first call."""
     for given, before in zip(on, pristine, strict=True):
         for name, array in before.items():
