@@ -6,6 +6,7 @@ from backends import Backend
 class Jax(Backend):
     requires = ("jax", "jaxlib", "numpy", "scipy")
     devices = ("cpu", "cuda")
+    all_cores = True
     namespace = {"numpy": "jax.numpy", "scipy.fft": "jax.numpy.fft"}
 
     @staticmethod

@@ -27,6 +27,7 @@ def by_chunks(theta, dual):
 
 class Numba(Backend):
     requires = ("numba", "llvmlite", "numpy", "scipy")
+    all_cores = True
 
     @staticmethod
     def environ(threads):

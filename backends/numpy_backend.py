@@ -10,6 +10,7 @@ CBRT_EPS = np.finfo(float).eps ** (1 / 3)  # balances truncation h^2 against rou
 
 class NumPy(Backend):
     requires = ("numpy", "scipy")
+    entrywise = ("complex_step", "difference")
 
     def __init__(self, device):
         pass

@@ -24,6 +24,7 @@ def compiled(part):
 class Torch(Backend):
     requires = ("torch", "numpy", "scipy")
     devices = ("cpu", "cuda")
+    all_cores = True
     namespace = {"numpy": "torch", "scipy.fft": "torch.fft"}
     programs = {"compile": ("g++", "c++", "clang++")}
 

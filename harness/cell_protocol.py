@@ -48,7 +48,7 @@ class Unavailable(Exception):
     """The library or the device is absent."""
 
 
-# The four modes of a worker
+# The modes of a worker
 
 
 def measure(spec: dict, stage: Callable[[str], None]) -> dict:
@@ -59,7 +59,7 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     on = tuple({name: backend.put(a.copy()) for name, a in arrays.items()} for arrays in (theta, data))
 
     stage("first call")
-    if spec["backend"] == "numpy":
+    if spec["strategy"] in backend.entrywise:
         check_affordable(bind(implementation.loss, size, None), on[0], on[1], spec)
     began = time.perf_counter()
     derivative, work = prepared(backend, implementation, spec["strategy"], size, theta, data)
@@ -72,6 +72,7 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     check_types(loss, gradient, theta, spec)
     result = check_gradient(loss, gradient, theta, spec) | {"first_call_s": first_call}
     if not spec["budget_s"]:
+        check_intact(backend, on, (theta, data))
         return result | {"status": "ok"}
 
     step = lambda: backend.wait(derivative(*on))  # noqa: E731 - the whole of what is timed
@@ -98,9 +99,7 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     result["primal"] = sample(call, spec["budget_s"] / 2, spec["least"], once(call))
 
     stage("inputs")
-    for name, pristine in (theta | data).items():
-        if not np.array_equal(backend.get((on[0] | on[1])[name]), pristine):
-            raise Invalid(f"The input {name} was changed by the call.")
+    check_intact(backend, on, (theta, data))
     if implementation.stats:
         result["stats"] = {key: float(value) for key, value in implementation.stats(*on, size).items()}
     measured = (
@@ -115,6 +114,14 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
         "versions": backend.versions(),
         "measured_s": measured,
     }
+
+
+def inputs(spec: dict, stage: Callable[[str], None]) -> dict:
+    """Theta and data of the statement, saved to `spec["save"]`."""
+    task, size = load_task(spec)
+    both = zip(("theta ", "data  "), task.inputs(size), strict=True)
+    save(spec["save"], {kind + name: np.asarray(a) for kind, arrays in both for name, a in arrays.items()})
+    return {"status": "ok"}
 
 
 def gradient(spec: dict, stage: Callable[[str], None]) -> dict:
@@ -163,16 +170,21 @@ def triad(spec: dict, stage: Callable[[str], None]) -> dict:
     return {"status": "ok", "triad": found, "copy": copy, "bytes": a.nbytes}
 
 
-MODES = {"measure": measure, "gradient": gradient, "directions": along_directions, "triad": triad}
+MODES = {"measure": measure, "inputs": inputs, "gradient": gradient, "directions": along_directions, "triad": triad}
 
 
 # Loading
 
 
+def load_task(spec: dict) -> tuple[Any, Any]:
+    """(task, size)."""
+    task = importlib.import_module(f"problems.{spec['problem']}").TASKS[spec["task"]]
+    return task, task.at(**spec["size"])
+
+
 def load_inputs(spec: dict) -> tuple[Any, Any, dict, dict]:
     """(task, size, theta, data), the arrays in the cell's dtype."""
-    task = importlib.import_module(f"problems.{spec['problem']}").TASKS[spec["task"]]
-    size = task.at(**spec["size"])
+    task, size = load_task(spec)
     with np.load(spec["inputs"]) as arrays:
         both = {kind: {n[6:]: arrays[n] for n in arrays.files if n[:6] == kind} for kind in ("theta ", "data  ")}
     cast = lambda a: a.astype(spec["dtype"]) if a.dtype.kind == "f" else a  # noqa: E731
@@ -252,7 +264,8 @@ def save(path: str, arrays: dict) -> None:
 
 
 def check_affordable(loss: Callable, theta: dict, data: dict, spec: dict) -> None:
-    """The statement, which compiles nothing, is run for each entry of theta: two runs tell whether the limit would break."""
+    """The loss, which compiles nothing, is run for each entry of theta: two runs tell whether the limit would break. They
+    stand before the clock of the first call, because they are the harness's own."""
     took = min(clock(lambda: loss(theta, data), 1)[0] for _ in range(2))
     entries = sum(block.size for block in theta.values())
     if entries * took > spec.get("limit_s", math.inf):
@@ -344,6 +357,14 @@ def check_gradient(loss: Any, gradient: dict, theta: dict, spec: dict) -> dict:
     return result
 
 
+def check_intact(backend: Any, on: tuple[dict, ...], pristine: tuple[dict, ...]) -> None:
+    """The inputs hold what they held before the first call."""
+    for given, before in zip(on, pristine, strict=True):
+        for name, array in before.items():
+            if not np.array_equal(backend.get(given[name]), array):
+                raise Invalid(f"The input {name} was changed by the call.")
+
+
 def check_unchanged(backend: Any, out: Any, gradient: dict, spec: dict) -> None:
     """The artefact that was timed still returns what was checked."""
     _, again = fetch(backend, out)
@@ -377,7 +398,8 @@ def sample(call: Callable, budget: float, least: int, warm: dict) -> dict:
     found: dict[str, list] = {name: [] for name in warm}
     if took < budget:
         target = max(SAMPLE_S, budget / MOST_SAMPLES)
-        while took < target:  # doubling (ADBench's rule), but near to the target at once
+        # doubling (ADBench's rule), but near to the target at once; the less of two, because one may have been preempted
+        while (took := min(took, clock(call, number)[0])) < target:
             number = max(2 * number, int(number * target / max(took, 1e-7) / 4))
             took = clock(call, number)[0]
     else:

@@ -82,7 +82,11 @@ def run_(
         if device not in ("cpu", "cuda"):
             raise UserError(f"There is no device {device!r}; there are cpu, cuda.")
         (writer, context), before = run.start(patterns or [], preset, device), None
-    records = run.go(writer, context, before, console)
+    try:
+        records = run.go(writer, context, before, console)
+    except KeyboardInterrupt:
+        print("Stopped; what is finished is in the ledger. Go on with adphys run --resume.", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(f"ledger: {_shown(writer.path)}")
     if all(r.status == "unavailable" for r in records):
         raise UserError(records[0].reason)
@@ -220,9 +224,6 @@ def main() -> None:
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Stopped; what is finished is in the ledger. Go on with adphys run --resume.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

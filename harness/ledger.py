@@ -189,6 +189,12 @@ Line = Context | CellRecord | AsIs | Floor | End
 RECORD: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
+def invalid(e: ValidationError) -> str:
+    """Where the first fault is, and what."""
+    first = e.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
 class Run:
     """The records of one run's file, as read."""
 
@@ -233,22 +239,23 @@ class Run:
                 if k == len(lines):  # only a line without its newline can have been torn
                     self.torn = f"The last line of {self.path} is torn and was left out; everything before it counts."
                     return
-                first = e.errors()[0]
-                where = ".".join(str(part) for part in first["loc"])
                 raise UserError(
-                    f"Line {k} of the ledger {self.path} is not a valid record ({where}: {first['msg']}); "
+                    f"Line {k} of the ledger {self.path} is not a valid record ({invalid(e)}); "
                     "restore the file or remove the line."
                 ) from None
 
 
 class Writer:
-    """Appends to one run's file; every line is on the disk when `append` returns."""
+    """Appends to one run's file; every line is on the disk when `append` returns. A new run has a file of its own, whose
+    name has a number where another run began in the same second."""
 
-    def __init__(self, run: str, folder: Path | None = None):
+    def __init__(self, run: str, folder: Path | None = None, new: bool = False):
         folder = (folder or FOLDER) / machine_class()
         self.path = folder / f"{run}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if new:
+                self.path = _make(folder, run)
             self._end_torn_line()
             self.file = self.path.open("a")
         except OSError as e:
@@ -279,9 +286,34 @@ class Writer:
                     f.truncate(start)
 
 
+def _make(folder: Path, run: str) -> Path:
+    """A file that was not there."""
+    path, k = folder / f"{run}.jsonl", 1
+    while True:
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            k += 1
+            path = folder / f"{run}-{k}.jsonl"
+
+
 def runs(folder: Path | None = None) -> list[Path]:
     """The run files of this machine class, the newest last."""
-    return sorted(((folder or FOLDER) / machine_class()).glob("*.jsonl"))
+    return _begun(((folder or FOLDER) / machine_class()).glob("*.jsonl"))
+
+
+def _begun(paths: Iterable[Path]) -> list[Path]:
+    """In the order in which they began, without those that were killed before their context record was on the disk."""
+    return [path for path in sorted(paths, key=lambda path: (path.parent, path.stem)) if _has_line(path)]
+
+
+def _has_line(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.readline().endswith(b"\n")
+    except OSError:  # which Run says in its sentence
+        return True
 
 
 def read(paths: Iterable[Path]) -> list[Run]:
@@ -290,7 +322,7 @@ def read(paths: Iterable[Path]) -> list[Run]:
     for path in paths:
         if not path.exists():
             raise UserError(f"There is no ledger {path}; run `adphys run` first, or name one with --ledger.")
-        found += sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        found += _begun(path.rglob("*.jsonl")) if path.is_dir() else [path]
     return [Run(path) for path in found]
 
 

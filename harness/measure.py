@@ -4,11 +4,13 @@ import hashlib
 import time
 from datetime import UTC, datetime
 
+from pydantic import ValidationError
+
 from harness import PROTOCOL, ROOT, processes
 from harness.cells import Cell, backend, known_status, modules, size_of
-from harness.ledger import AsIs, CellRecord, Floor
+from harness.ledger import AsIs, CellRecord, Floor, invalid
 from harness.machine import commit, load, lock_hash, machine_class
-from harness.reference import NoReference, Reference, inputs, reference
+from harness.reference import NoReference, Reference, entries, inputs, reference
 from harness.source import changed, lines
 
 ENOUGH_S = 30.0
@@ -26,10 +28,10 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
         return record(cell, began, status=status, reason=reason)
     try:
         judge = reference(cell)
+        spec = spec_of(cell, judge, budget, least) | {"limit_s": limit}
     except NoReference as e:
         return record(cell, began, status=e.status if e.status in ("timeout", "oom") else "error", reason=e.reason)
     environ = backend(cell.backend).environ(cell.threads)
-    spec = spec_of(cell, judge, budget, least) | {"limit_s": limit}
     found, measured = [], 0.0
     last: dict = {}
     while len(found) < number and (not found or time.monotonic() - began < ENOUGH_S):
@@ -44,19 +46,19 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
         ticks = [t["steal_ticks"] for t in (before, load())]
         steal = ticks[1] - ticks[0] if None not in ticks else None
         found.append(last | {"load1": before["load1"], "steal_ticks": steal})
-    shared = {name: last.get(name) for name in ("status", "reason", "loss", "loss_error", "blocks", "error")}
-    return record(
-        cell,
-        began,
-        **shared,
-        gate=judge.gate,
-        judge=judge.judge,
-        processes=found,
-        versions=last.get("versions", {}),
-        environ=processes.thread_environ(cell.threads) | environ,
-        cpus=processes.cpus(cell.threads),
-        measured_s=measured,
-    )
+    rest = {
+        "gate": judge.gate,
+        "judge": judge.judge,
+        "versions": last.get("versions", {}),
+        "environ": processes.thread_environ(cell.threads) | environ,
+        "cpus": processes.cpus(cell.threads),
+        "measured_s": measured,
+    }
+    result = {name: last.get(name) for name in ("status", "reason", "loss", "loss_error", "blocks", "error")}
+    try:
+        return record(cell, began, **rest, **result, processes=found)
+    except ValidationError as e:  # a number that an implementation gave is none
+        return record(cell, began, **rest, status="error", reason=f"Its result is not a valid record ({invalid(e)}).")
 
 
 def attempt(cell: Cell, limit: float, **more) -> dict:
@@ -105,11 +107,9 @@ def spec_of(cell: Cell, judge: Reference, budget: float, least: int) -> dict:
 
 def measure_floor(cell: Cell, block: str, budget: float) -> Floor:
     """The triad over arrays as large as the named block of theta."""
-    import numpy as np
-
-    with np.load(inputs(cell, size_of(cell))) as arrays:
-        size = arrays[f"theta {block}"].size
-    found = processes.run("triad", {"size": size, "budget_s": budget}, backend("numba").environ(1), 1, 120.0)
+    found = processes.run(
+        "triad", {"size": entries(cell)[block], "budget_s": budget}, backend("numba").environ(1), 1, 120.0
+    )
     if found["status"] != "ok":
         raise NoReference(found["status"], found["reason"])
     now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,14 @@ from harness import ROOT
 POLL_S = 0.02
 REST = 10
 MEMORY_SHARE = 0.85  # of what the machine has: beyond it the kernel would choose a victim, perhaps not ours
+STOP = (
+    threading.Event()
+)  # set when a run is interrupted: workers of other threads are killed, and no further one starts
+resident: dict[int, int] = {}  # worker -> bytes, of those that run side by side
+
+
+class Stopped(Exception):
+    """The run was interrupted."""
 
 
 def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: float) -> dict:
@@ -26,6 +35,8 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
         spec_path, out_path, log = (Path(folder) / name for name in ("spec.json", "out.jsonl", "log"))
         spec_path.write_text(json.dumps({"mode": mode, "cpus": cpus(threads)} | spec))
         began = time.monotonic()
+        if STOP.is_set():
+            raise Stopped
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.worker", str(spec_path), str(out_path)],
@@ -45,7 +56,8 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        found = [json.loads(line) for line in out_path.read_text().splitlines()] if out_path.exists() else []
+                resident.pop(process.pid, None)
+        found = _lines(out_path)
         said = " ".join(log.read_text(errors="replace").split()[-40:])
     result = found[-1].get("result") if found else None
     if result is None:
@@ -73,8 +85,18 @@ def thread_environ(threads: int) -> dict[str, str]:
     return dict.fromkeys(names, str(threads))
 
 
+def _lines(out: Path) -> list[dict]:
+    """What the worker wrote; a line that it was killed in says nothing."""
+    found = []
+    for line in out.read_bytes().splitlines() if out.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def _watch(process: subprocess.Popen, out: Path, limit: float) -> str:
-    """How it ended: exit, timeout or oom. The limit is that of the first call; all the rest may take REST times as long."""
+    """How it ended: exit, timeout, oom or crowded. The limit is that of the first call; all the rest may take REST times as
+    long. Workers side by side share the memory, and the largest of them gives way."""
     began, most = time.monotonic(), MEMORY_SHARE * psutil.virtual_memory().total
     watched, called = psutil.Process(process.pid), False
     while True:
@@ -82,21 +104,26 @@ def _watch(process: subprocess.Popen, out: Path, limit: float) -> str:
             process.wait(POLL_S)
             return "exit"
         except subprocess.TimeoutExpired:
-            called = called or (out.exists() and '"correctness"' in out.read_text())
+            if STOP.is_set():
+                raise Stopped from None
+            called = called or (out.exists() and b'"correctness"' in out.read_bytes())
             if time.monotonic() - began > limit * (REST if called else 1):
                 return "timeout"
             with contextlib.suppress(psutil.Error):
-                if watched.memory_info().rss > most:
-                    return "oom"
+                mine = resident[process.pid] = watched.memory_info().rss
+                if sum(every := [*resident.values()]) > most and mine == max(every):
+                    return "oom" if mine > most else "crowded"
 
 
 def _ended(ended: str, stage: str, limit: float, code: int | None, said: str) -> dict:
     if ended == "timeout":
         return {"status": "timeout", "reason": f"It did not end within {limit:.0f} s; it was in the stage: {stage}."}
-    if ended == "oom":
+    if ended in ("oom", "crowded"):
+        who = "It" if ended == "oom" else "It and the workers beside it"
         return {
             "status": "oom",
-            "reason": f"It took more than {MEMORY_SHARE:.0%} of the machine's memory in the stage: {stage}.",
+            "reason": f"{who} took more than {MEMORY_SHARE:.0%} of the machine's memory in the stage: {stage}.",
+            "crowded": ended == "crowded",
         }
     if code is not None and code < 0:
         return {

@@ -3,24 +3,27 @@
 At tiny the whole gradient is built from the statement, entry by entry, by complex step. At every other size it is the hand
 adjoint, once that has passed at tiny and agrees, at this very size, with complex step of the statement along the judge's
 directions. Where there is no hand adjoint, or a wrong one, those directions judge. Nothing is judged by itself. Inputs and
-references are kept by content hash in a folder that git ignores.
+references are made by workers, so that a size too large for the memory ends a worker and not the run, and are kept by content
+hash in a folder that git ignores.
 """
 
 import hashlib
 import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 
 from backends import STRATEGIES
 from harness import ROOT, UserError, processes
-from harness.cell_protocol import save
 from harness.cells import APPROXIMATE_OR_SLOW, Cell, backend, implementation_file, modules, outline, size_of, tasks
 from harness.judge import error, loss_error
 from harness.machine import lock_hash
 
 LIMIT_S = 3600.0  # references may take long, once
+failed: dict[Path, tuple[str, str]] = {}  # what could not be made is not tried again: status and sentence
 DIFFERENCE_H = 1e-6
 
 
@@ -66,25 +69,22 @@ def reference(cell: Cell) -> Reference:
 def inputs(cell: Cell, size: tuple) -> str:
     """The file that holds theta and data of this task and size."""
     path = _path("inputs", cell, size, "")
-    if not path.exists():
-        try:
-            theta, data = tasks(cell.problem)[cell.task].inputs(size)
-        except Exception as e:  # whatever a statement does, and sizes that no memory holds
-            said = " ".join(f"{type(e).__name__}: {e}".split())
-            raise NoReference(
-                "oom" if isinstance(e, MemoryError) else "error", f"Its inputs cannot be made: {said}."
-            ) from None
-        arrays = {f"theta {k}": np.asarray(v) for k, v in theta.items()} | {
-            f"data  {k}": np.asarray(v) for k, v in data.items()
-        }
-        save(str(path), arrays)
+    spec = _spec(cell) | {"size": size._asdict(), "save": str(path)}  # type: ignore[attr-defined] - a NamedTuple
+    _compute("inputs", spec, {}, [path])
     return str(path)
 
 
-def entries(cell: Cell) -> int:
-    """Of theta."""
-    with np.load(inputs(cell, size_of(cell))) as arrays:
-        return sum(arrays[name].size for name in arrays.files if name.startswith("theta "))
+def entries(cell: Cell) -> dict[str, int]:
+    """Of each block of theta. Only the headers are read: the arrays may fill the memory."""
+    found = {}
+    with ZipFile(inputs(cell, size_of(cell))) as arrays:
+        for member in arrays.namelist():
+            if member.startswith("theta "):
+                with arrays.open(member) as file:
+                    np.lib.format.read_magic(file)
+                    shape, _, _ = np.lib.format.read_array_header_1_0(file)
+                found[member.removeprefix("theta ").removesuffix(".npy")] = prod(shape)
+    return found
 
 
 def _adjoint_passes(cell: Cell, size: tuple, task) -> bool:
@@ -124,22 +124,31 @@ def _gradients(cell: Cell, sizes: list[tuple], library: str, strategy: str) -> l
         {**_at(cell, size), "save": str(path)} for size, path in zip(sizes, paths, strict=True) if not path.exists()
     ]
     spec = _spec(cell) | {"backend": library, "strategy": strategy, "form": form, "sizes": jobs}
-    if jobs:
-        _compute("gradient", spec, backend(library).environ(1))
+    _compute("gradient", spec, backend(library).environ(1), paths)
     return [str(path) for path in paths]
 
 
 def _directions(cell: Cell, size: tuple, h: float | None = None) -> str:
     path = _path(f"along-{h}", cell, size, "numpy")
-    if not path.exists():
-        _compute("directions", _spec(cell) | _at(cell, size) | {"save": str(path), "h": h}, {})
+    _compute("directions", _spec(cell) | _at(cell, size) | {"save": str(path), "h": h}, {}, [path])
     return str(path)
 
 
-def _compute(mode: str, spec: dict, environ: dict[str, str]) -> None:
+def _compute(mode: str, spec: dict, environ: dict[str, str], paths: list[Path]) -> None:
+    """The files that are not there yet, by one worker. What was ended for the sake of those beside it may be tried again."""
+    absent = [path for path in paths if not path.exists()]
+    for path in absent:
+        if path in failed:
+            raise NoReference(*failed[path])
+    if not absent:
+        return
     result = processes.run(mode, spec | {"cpus": processes.everywhere()}, environ, 1, LIMIT_S)
     if result["status"] != "ok":
-        raise NoReference(result["status"], f"Its reference could not be computed: {result['reason']}")
+        what = "inputs cannot be made" if mode == "inputs" else "reference could not be computed"
+        why = result["status"], f"Its {what}: {result['reason']}"
+        if not result.get("crowded"):
+            failed.update(dict.fromkeys((path for path in paths if not path.exists()), why))
+        raise NoReference(*why)
 
 
 def _spec(cell: Cell) -> dict:

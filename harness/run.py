@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -19,7 +18,7 @@ from harness.cells import APPROXIMATE_OR_SLOW, SIZES, Cell, backend, backends, c
 from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
 from harness.machine import commit, lock_hash, machine, machine_class
 from harness.measure import as_is, key, measure, measure_floor, record
-from harness.processes import everywhere
+from harness.processes import STOP, everywhere
 from harness.reference import NoReference, entries, reference
 from harness.statistics import summary
 
@@ -49,15 +48,17 @@ def plan(patterns: list[str], preset: str, device: str) -> list[Cell]:
     """The cells of a run, each once, in the order of their addresses."""
     p, found = PRESETS[preset], {}
     for pattern in patterns or ["*"]:
-        explicit = "@" in pattern
-        for cell in cells(pattern):
-            if not explicit and cell.size not in p.sizes:
-                continue
-            if not explicit and not _taken(cell, p.ways):
-                continue
-            found[(cell := replace(cell, device=device) if device != "cpu" else cell).address] = cell
-        if p.sweep and not explicit:
-            found |= {c.address: c for c in _sweep(pattern)}
+        if "@" in pattern:
+            asked = [*cells(pattern)]
+        else:
+            asked = [c for c in cells(pattern) if c.size in p.sizes and _taken(c, p.ways)]
+            if p.sweep:
+                asked += _sweep(pattern)
+            if p.sweep and device == "cpu":
+                asked += _all_cores(asked)
+        if device != "cpu":
+            asked = [replace(c, device=device) for c in asked]
+        found |= {c.address: c for c in asked}
     if not found:
         raise UserError(
             f"The preset {preset} has no cell that matches {' '.join(patterns)}; add a size, as in {patterns[0]}@tiny."
@@ -82,6 +83,12 @@ def _sweep(pattern: str) -> Iterable[Cell]:
                 yield replace(cell, size=",".join(f"{k}={v}" for k, v in size.items()))
 
 
+def _all_cores(asked: list[Cell]) -> list[Cell]:
+    """The main ways of the libraries that have threads, at large on every processor."""
+    main = [c for c in asked if c.size == "large" and _main(c) and backend(c.backend).all_cores]
+    return [replace(c, threads=cores) for c in main if (cores := len(everywhere())) > 1]
+
+
 def start(patterns: list[str], preset: str, device: str, seed: int | None = None) -> tuple[Writer, Context]:
     """A new run: its file, with the context record written."""
     now, p = datetime.now(UTC), PRESETS[preset]
@@ -92,11 +99,11 @@ def start(patterns: list[str], preset: str, device: str, seed: int | None = None
         key=lambda cell: SIZES.index(cell.size) if cell.size in SIZES else 0
     )  # a small size tells of a large one
     head, dirty = commit()
-    name = preset if not patterns else "run"
+    writer = Writer(f"{now:%Y%m%dT%H%M%SZ}-{'run' if patterns else preset}", new=True)
     context = Context.model_validate(
         {
             "schema": 1,
-            "run": f"{now:%Y%m%dT%H%M%SZ}-{name}",
+            "run": writer.path.stem,
             "preset": preset,
             "patterns": patterns,
             "protocol": PROTOCOL,
@@ -114,7 +121,6 @@ def start(patterns: list[str], preset: str, device: str, seed: int | None = None
             "started": now.isoformat(timespec="seconds"),
         }
     )
-    writer = Writer(context.run)
     writer.append(context)
     return writer, context
 
@@ -124,7 +130,7 @@ def resume() -> tuple[Writer, Context, Run]:
     for path in reversed(runs()):
         run = Run(path)
         if run.end is None:
-            return Writer(run.context.run), run.context, run
+            return Writer(path.stem), run.context, run
     raise UserError("There is no unfinished run to resume on this machine; start one with adphys run.")
 
 
@@ -228,16 +234,16 @@ def _as_is(writer: Writer, context: Context, before: Run | None, plan: list[Cell
 
 @contextmanager
 def _side_by_side() -> Iterator[ThreadPoolExecutor]:
-    """Threads that start workers of what is not timed, one a processor; who interrupts them kills the workers."""
+    """Threads that start workers of what is not timed, one a processor; who interrupts them stops the workers."""
     pool = ThreadPoolExecutor(len(everywhere()))
     try:
         yield pool
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in psutil.Process().children():
-            child.kill()
+        STOP.set()
         raise
-    pool.shutdown()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        STOP.clear()
 
 
 def _measure(cell: Cell, context: Context, records: dict[str, CellRecord]) -> CellRecord:
@@ -263,7 +269,7 @@ def _will_break(cell: Cell, context: Context, records: dict[str, CellRecord]) ->
             return f"Not run: three times its {took:.0f} s at {smaller} would break the limit of {limit:.0f} s."
         if cell.strategy in ("forward", "duals") and last.blocks:
             try:
-                times = entries(cell) / sum(block.size for block in last.blocks.values())
+                times = sum(entries(cell).values()) / sum(block.size for block in last.blocks.values())
             except NoReference:  # the cell itself says so
                 return ""
             if times * took > limit:

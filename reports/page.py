@@ -56,10 +56,11 @@ class Page:
     strategies: list[tuple[str, str, str]]
     statuses: list[tuple[str, str]]
     rewriting: list[tables.Rewriting]
+    all_cores: tables.AllCores | None
     provenance: tuple[list[str], list[list[str]]]
     noise: str
     columns: dict[str, str] = field(default_factory=lambda: tables.COLUMNS)
-    text_columns: tuple[str, ...] = tables.TEXT
+    text_columns: tuple[str, ...] = (*tables.TEXT, "task", "size")
 
     def pictures(self) -> Iterator[Picture]:
         for section in self.sections:
@@ -79,6 +80,7 @@ def build(runs: list[Run], rows: pd.DataFrame) -> Page:
         strategies=words.strategies(rows),
         statuses=list(words.STATUSES.items()),
         rewriting=tables.rewriting(runs, rows),
+        all_cores=tables.all_cores(runs, rows),
         provenance=words.provenance(runs),
         noise=words.noise(rows),
     )

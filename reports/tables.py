@@ -73,6 +73,15 @@ class Rewriting:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class AllCores:
+    """Every way that was measured on all processors of the machine, beside what it takes on one."""
+
+    cores: int
+    columns: list[str]
+    rows: list[list[str]]
+
+
 def known(problem: str, task: str) -> Task | None:
     """The task in this code; None where the ledger is of another version, or the problem's file is broken."""
     try:
@@ -303,6 +312,26 @@ def _nearest_way(rows: pd.DataFrame, task: str, library: str) -> list[str]:
         return ["", "", ""]
     best = part.sort_values(["changed", "derivative_min_s"]).iloc[0]
     return [f"{best.changed} of {best.lines}", str(best.way), ratio(best.derivative_over_adjoint)]
+
+
+def all_cores(runs: list[Run], rows: pd.DataFrame) -> AllCores | None:
+    """None where the ledger has no cell on all processors, or the machine only one."""
+    cores = max(int(run.context.machine["cores"] or 1) for run in runs)
+    many = rows.loc[(rows.threads == cores) & (rows.device == "cpu")]
+    if cores == 1 or many.empty:
+        return None
+    on = ["task", "size", "way", "reference", "device", "dtype"]
+    both = many.merge(rows.loc[rows.threads == 1], on=on, how="left", suffixes=("", "_one"))
+    columns = {
+        "task": both["task"],
+        "size": both["size"],
+        "way": "`" + both.way + "`",
+        "1 thread": both.derivative_median_s_one.map(seconds),
+        f"{cores} threads": both.derivative_median_s.map(seconds).where(both.status == "ok", both.status),
+        "speed-up": (both.derivative_min_s_one / both.derivative_min_s).map(ratio),
+        "speed-up of the primal": (both.primal_min_s_one / both.primal_min_s).map(ratio),
+    }
+    return AllCores(cores, list(columns), pd.DataFrame(columns).to_numpy().tolist())
 
 
 def _caption(part: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import STRATEGIES
-from harness import UserError, cells
+from harness import UserError, cells, run
 from harness.cells import RESERVED, SIZES, cell, known_status, outline, size_of
 
 ALL = list(cells.cells())
@@ -272,6 +272,22 @@ def test_every_integer_key_of_every_task_has_a_least_value():
                         text = ",".join(f"{k}={v}" for k, v in (full | {key: value}).items())
                         with pytest.raises(UserError, match=f"{key}={value}"):
                             size_of(cell(f"{problem}.{name}/numpy/difference@{text}"))
+
+
+def test_a_pattern_at_a_number_of_threads():
+    found = {c.address: c for c in cells.cells("*/jax@large,threads=2")}
+    assert "brusselator.rhs/jax/reverse@large,threads=2" in found
+    assert {(c.backend, c.size, c.threads) for c in found.values()} == {("jax", "large", 2)}
+    assert [c.address for c in cells.cells(f"{RHS}@N=256,threads=2")] == [f"{RHS}@N=256,threads=2"]
+
+
+def test_a_full_run_has_the_main_ways_on_all_cores(monkeypatch):
+    monkeypatch.setattr(run, "everywhere", lambda: [0, 1, 2])
+    planned = {c.way for c in run.plan(["brusselator.rhs"], "full", "cpu") if (c.size, c.threads) == ("large", 3)}
+    assert planned == {"jax/reverse", "torch/reverse", "numba/adjoint"}
+    assert all(c.threads == 1 for c in run.plan([], "default", "cpu"))
+    monkeypatch.setattr(run, "everywhere", lambda: [0])
+    assert all(c.threads == 1 for c in run.plan(["brusselator.rhs"], "full", "cpu"))
 
 
 def test_a_pattern_that_matches_nothing_is_one_sentence():

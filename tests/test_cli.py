@@ -9,6 +9,7 @@ import signal
 import time
 
 import numpy as np
+import psutil
 import pytest
 from conftest import PLAIN, is_refusal, is_sentence
 
@@ -217,9 +218,10 @@ def test_a_run_is_one_file_from_context_to_end(bowls):
 
 def test_the_order_is_random_and_seeded(bowls):
     code = """
+from pathlib import Path
 from harness import run
 for seed in (1, 1, 2):
-    run.Writer = lambda run: type("Nowhere", (), {"append": print_plan})()
+    run.Writer = lambda run, new: type("Nowhere", (), {"path": Path(run), "append": print_plan})()
     run.start(["bowl@tiny"], "quick", "cpu", seed=seed)
 """
     code = "def print_plan(self, context):\n    print(context.seed, *context.plan)\n" + code
@@ -263,6 +265,77 @@ def test_a_run_that_was_killed_goes_on_and_measures_no_finished_cell_twice(bowls
 
     said = is_refusal(bowls.adphys("run", "--resume"))
     assert "no unfinished run" in said and lines(path) == found
+
+
+STARTED = """
+def bowl(theta, data, size):
+    if np.iscomplexobj(theta["x"]):  # the reference
+        with open({mark!r}, "a") as f:
+            f.write("x")
+        time.sleep(0.2)
+"""
+
+
+def test_ctrl_c_among_the_references_ends_the_run_at_once(bowls, tmp_path):
+    """No further worker starts, none is left behind, and the sentence says how to go on."""
+    mark = tmp_path / "mark"
+    bowls.edit("problems/bowl.py", "def bowl(theta, data, size):\n", STARTED.format(mark=str(mark)))
+    bowls.edit("problems/bowl.py", "import numpy as np", "import time\nimport numpy as np")
+    process = bowls.start("-m", "harness", "run", "bowl*/numpy@tiny", "--preset", "quick", start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    os.kill(process.pid, signal.SIGINT)
+    out, said = process.communicate(timeout=10)
+    assert (process.returncode, out) == (130, ""), said
+    assert "adphys run --resume" in is_sentence(said.splitlines()[-1])
+    assert "Traceback" not in said and workers and not any(w.is_running() for w in workers)
+    size = mark.stat().st_size
+    time.sleep(1.0)
+    assert mark.stat().st_size == size
+
+    done = bowls.adphys("run", "--resume")
+    assert done.returncode == 0, done.stderr
+    (path,) = bowls.ledgers()
+    assert [r["kind"] for r in lines(path)] == ["context", *["cell"] * 10, "end"]
+
+
+def test_a_size_larger_than_the_memory_ends_its_cell_and_not_the_run(bowls):
+    bowls.edit(
+        "harness/processes.py", "MEMORY_SHARE = 0.85", f"MEMORY_SHARE = {500 * 2**20 / psutil.virtual_memory().total}"
+    )
+    done = bowls.adphys("run", "bowl.a/numpy@N=100000000", "bowl.a/numpy@tiny", "--preset", "quick")
+    assert done.returncode == 1, done.stderr
+    run = Run(bowls.ledgers()[0])
+    assert run.end and {r.size: r.status for r in run.cells.values()} == {"N=100000000": "oom", "tiny": "ok"}
+    assert all("inputs" in is_sentence(r.reason) for r in run.cells.values() if r.status == "oom")
+
+
+def test_two_runs_of_one_second_have_a_file_each(bowls):
+    code = """
+from harness import run
+run.datetime = type("Frozen", (), {"now": lambda zone, now=run.datetime.now(run.UTC): now})
+for patterns in (["bowl.a@tiny"], ["bowl.b@tiny"]):
+    writer, context = run.start(patterns, "quick", "cpu")
+    print(context.run)
+print(run.resume()[1].run)
+"""
+    done = bowls.python("-c", code)
+    one, two, newest = done.stdout.splitlines()
+    assert one != two == newest, done.stderr
+    assert {(path.stem, Run(path).context.run) for path in bowls.ledgers()} == {(one, one), (two, two)}
+
+
+def test_a_run_killed_before_its_context_record_is_passed_over(bowls):
+    assert bowls.adphys("run", "bowl.a/numpy@tiny", "--preset", "quick").returncode == 0
+    (path,) = bowls.ledgers()
+    for name, text in (("29991231T235959Z-run", ""), ("29991231T235959Z-torn", '{"kind": "conte')):
+        (path.parent / f"{name}.jsonl").write_text(text)
+    for words in (["report"], ["report", "--ledger", "results/ledger"]):
+        done = bowls.adphys(*words)
+        assert done.returncode == 0, done.stderr
+    assert "no unfinished run" in is_refusal(bowls.adphys("run", "--resume"))
 
 
 def test_a_run_of_every_way_gives_the_statements_as_they_are(tree):

@@ -47,8 +47,9 @@ LIMIT_S = 120.0
 class Server:
     """One process for all cells of a backend: every check of the protocol is made, and the library is imported once."""
 
-    def __init__(self, library):
-        environ = os.environ | {"PYTHONPATH": str(ROOT)} | thread_environ(1) | backend(library).environ(1)
+    def __init__(self, library, folder):
+        environ = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}  # where compilers leave files
+        environ |= thread_environ(1) | backend(library).environ(1)
         self.library, pipe = library, subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, env=environ, text=True)
 
@@ -67,7 +68,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def quickly():
+def quickly(tmp_path_factory):
     """Measures a cell as a run would, only shorter, and not in a process of its own."""
     server = None
 
@@ -76,7 +77,7 @@ def quickly():
         if server and (server.library != c.backend or server.process.poll() is not None):
             server.close()
             server = None
-        server = server or Server(c.backend)
+        server = server or Server(c.backend, tmp_path_factory.mktemp(c.backend))
         try:
             return server.measure(c)
         except BaseException:

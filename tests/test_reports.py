@@ -300,6 +300,26 @@ def test_unlike_things_never_share_a_table(report):
     assert [row["way"] for row in table(parts[1], f"{RHS}, large")] == ["jax/reverse"]
 
 
+def test_all_cores_stand_beside_one_thread(report):
+    def two(way, size="large", **rest):
+        return cell(f"{RHS}/{way}@{size},threads=2", threads=2, **rest)
+
+    jax, torch = two("jax/reverse", derivative=1e-3, primal=4e-3), two("torch/reverse", status="timeout")
+    small = two("numba/adjoint", "tiny", derivative=1e-6)
+    markdown, html, _ = report([*MATRIX, jax, torch, small])
+    part = markdown.split("## All cores")[1].split("\n## ")[0]
+    rows = [[field.strip() for field in line.strip("|").split("|")] for line in part.splitlines() if "|" in line]
+    assert rows[0] == ["task", "size", "way", "1 thread", "2 threads", "speed-up", "speed-up of the primal"]
+    assert sorted(rows[2:]) == [
+        [RHS, "large", "`jax/reverse`", "2.20 ms", "1.10 ms", "2.00", "1.00"],
+        [RHS, "large", "`torch/reverse`", "9.90 ms", "timeout", "–", "–"],
+        [RHS, "tiny", "`numba/adjoint`", "–", "1.10 µs", "–", "–"],
+    ]
+    assert "serial by design" in part and ">1.10 ms<" in html.split('id="cores"')[1]
+    assert "All cores" not in report(MATRIX)[0]  # nor where threads are some of them
+    assert "All cores" not in report([*MATRIX, cell(f"{RHS}/jax/reverse@large,threads=4", threads=4)])[0]
+
+
 def test_continuous_reference_stands_apart(report, monkeypatch):
     from dataclasses import replace
 
