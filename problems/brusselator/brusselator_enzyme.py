@@ -8,8 +8,8 @@ from numba import njit
 
 from backends.enzyme_backend import differentiable, scratch
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues, fourier
-from problems.brusselator.brusselator_numba import imex_kernel, rhs_kernel
+from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues
+from problems.brusselator.brusselator_numba import imex_basis, imex_kernel, rhs_kernel
 
 
 def rhs(theta, data, size):
@@ -59,13 +59,14 @@ def rhs_cpp(theta, data, size):
     return cpp_call(*arguments, out_shapes=out, source=CPP, fn="rhs", argv=FLAGS)[0]
 
 
-def solver(alpha, size, Q):
+def solver(alpha, size, basis):
     """The coefficients of `diffuse`, in JAX: they are small."""
-    c, mu = size.dt * alpha * (size.N - 1) ** 2, -size.dt * alpha * eigenvalues(size.N).astype(Q.dtype)
+    dtype = basis[1].dtype
+    c, mu = size.dt * alpha * (size.N - 1) ** 2, -size.dt * alpha * eigenvalues(size.N).astype(dtype)
     d = 1 + 2 * c + mu
     a = 2 * c / (d + jnp.sqrt(d * d - 4 * c * c))
-    gain = (1 - a) ** 2 / (1 + mu)
-    return Q, (Q * gain).T, a, 1 / (1 - a**size.N), scratch(size.N, Q.dtype)
+    g = (1 - a) / jnp.sqrt((1 + mu) * (size.N if basis[0] else 1))
+    return *basis, (a, g, 1 / (1 - a**size.N), scratch(size.N, dtype))
 
 
 @njit(fastmath=True)
@@ -78,8 +79,9 @@ def from_start(u0, A, B, disc, S, dt, steps, every, first, states, r, waves):
 
 def imex(theta, data, size):
     N, dtype, (saves, every, first) = size.N, theta["u0"].dtype, clock(size)
-    S = solver(theta["alpha"], size, fourier(N).astype(dtype))
-    states, r, waves = (scratch(shape, dtype) for shape in ((2, 2 * N, N), (2 * N, N), (2 * N, N)))
+    basis, pad = imex_basis(N, dtype)
+    S = solver(theta["alpha"], size, basis)
+    states, r, waves = (scratch(shape, dtype) for shape in ((2, 2 * N, N), (2 * N, N + pad), (2 * N, N + pad)))
     u0, A, B = theta["u0"].reshape(2 * N, N), theta["A"], theta["B"]
     return differentiable(from_start)(u0, A, B, data["disc"], S, size.dt, saves * every, every, first, states, r, waves)
 

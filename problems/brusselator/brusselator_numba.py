@@ -131,56 +131,122 @@ def rhs_prepare(structure, size):
 
 
 class Work(NamedTuple):
-    Q: np.ndarray  # (N, N)
+    basis: tuple
     states: np.ndarray  # (steps+1, 2N, N)
-    r: np.ndarray  # (2N, N), as all that follow
+    r: np.ndarray  # (2N, N + pad), as all that follow
     waves: np.ndarray
     w: np.ndarray
-    u0b: np.ndarray
+    u0b: np.ndarray  # (2N, N)
 
 
 def imex_prepare(structure, size):
     N, (saves, every, _) = size.N, clock(size)
     dtype = np.result_type(*(structure[name].dtype for name in ("u0", "A", "B", "alpha")))
-    fields = (np.empty((2 * N, N), dtype) for _ in range(4))
-    return Work(fourier(N).astype(dtype), np.empty((saves * every + 1, 2 * N, N), dtype), *fields)
+    basis, pad = imex_basis(N, dtype)
+    fields = (np.zeros((2 * N, N + pad), dtype) for _ in range(3))
+    return Work(basis, np.empty((saves * every + 1, 2 * N, N), dtype), *fields, np.empty((2 * N, N), dtype))
 
 
-def solver(alpha, size, Q):
-    """S for `diffuse`. Wave k along y leaves (1 + 2 c + dt alpha mu_k, -c, -c) on a ring along x, c = dt alpha / dx^2,
-    which is (1 - a shift)(1 - a shift^T) / gain: two recurrences. The gain goes into the way back, Qg; it is had from a
-    and the sum of the row, so that rounding in a does not drain the mean."""
+def imex_basis(N, dtype):
+    """How waves along an axis are had: fast, by `fft`, where N is a power of 2 times a small odd number, else by Q. Then
+    how many numbers a row is longer than N: were it a power of 2, a column would share few sets of the cache."""
+    odd, Q, angle, natural = N // (N & -N), fourier(N), 2 * np.pi / N * np.arange(N), np.arange(N)
+    fast, order = odd < 10, natural[:odd]
+    while fast and order.size < N:
+        order = (order[:, None] + order.size * natural[: 4 if N // order.size % 4 == 0 else 2]).ravel()
+    real = np.zeros(0, dtype).real.dtype
+    roots = np.cos(angle).astype(real), -np.sin(angle).astype(real)
+    Q, Qt = (np.ascontiguousarray(x, dtype) for x in (Q, Q.T))
+    return (fast, Q, Qt, roots, order if fast else natural, natural), 4 * fast
+
+
+def solver(alpha, size, basis):
+    """S for `diffuse`. Wave k along an axis leaves (1 + 2 c + dt alpha mu_k, -c, -c) on a ring along the other one,
+    c = dt alpha / dx^2, which is (1 - a shift)(1 - a shift^T) / g^2: two recurrences. g is had from a and the sum of the
+    row, so that rounding in a does not drain the mean."""
     c, mu = size.dt * alpha * (size.N - 1) ** 2, -size.dt * alpha * eigenvalues(size.N)
     d = 1 + 2 * c + mu
     a = 2 * c / (d + np.sqrt(d * d - 4 * c * c))
-    gain = (1 - a) ** 2 / (1 + mu)
-    coefficients = (Q * gain).T, a, 1 / (1 - a**size.N), np.empty_like(a)
-    return Q, *(np.ascontiguousarray(x, Q.dtype) for x in coefficients)
+    g = (1 - a) / np.sqrt((1 + mu) * (size.N if basis[0] else 1))  # there and back, `fft` makes N of 1
+    return *basis, tuple(np.ascontiguousarray(x, basis[1].dtype) for x in (a, g, 1 / (1 - a**size.N), np.empty_like(a)))
 
 
 @njit(fastmath=True)
-def shift(u, dU, dV):
-    N = u.shape[1]
-    for s, x in ((0, dU), (N, dV)):
-        for i in range(s, s + N):
-            z = u[i]
+def radix4(x, z, n, roots):
+    """Every n rows of x + i z become the first step of their FFT: four parts, where waves 4 k + 0, 1, 2, 3 come from.
+    As in `rhs_vjp_kernel` all loads of a cell before its stores, and rows as 1-D views: SIMD along them."""
+    (cos, sin), N, m = roots, x.shape[0], n // 4
+    for first in range(0, N, n):
+        for i in range(first, first + m):
+            k = (i - first) * (N // n)
+            bc, bs, cc, cs, dc, ds = cos[k], sin[k], cos[2 * k], sin[2 * k], cos[3 * k], sin[3 * k]
+            ax, bx, cx, dx = x[i], x[i + m], x[i + 2 * m], x[i + 3 * m]
+            az, bz, cz, dz = z[i], z[i + m], z[i + 2 * m], z[i + 3 * m]
             for j in range(N):
-                z[j] += x
+                px, pz, qx, qz = ax[j] + cx[j], az[j] + cz[j], ax[j] - cx[j], az[j] - cz[j]
+                rx, rz, sx, sz = bx[j] + dx[j], bz[j] + dz[j], bx[j] - dx[j], bz[j] - dz[j]
+                ax[j], az[j] = px + rx, pz + rz
+                bx[j], bz[j] = (qx + sz) * bc - (qz - sx) * bs, (qx + sz) * bs + (qz - sx) * bc
+                cx[j], cz[j] = (px - rx) * cc - (pz - rz) * cs, (px - rx) * cs + (pz - rz) * cc
+                dx[j], dz[j] = (qx - sz) * dc - (qz + sx) * ds, (qx - sz) * ds + (qz + sx) * dc
 
 
 @njit(fastmath=True)
-def diffuse(r, S, waves, out):
-    """out = S r, and r is spent: O(N^2) beside two products with Q. Four products with Q take 1.6 times as long (N = 32 and
-    64), SciPy's rfft2 between kernels 4.5 times (32), 1.4 times (64) and 0.9 times (256). S leaves a constant as it is, so
-    rounding need act on the rest of r only."""
-    Q, Qg, a, around, y = S
+def radix2(x, z):
+    """The last step, of 2 rows each."""
+    for i in range(0, x.shape[0], 2):
+        ax, bx, az, bz = x[i], x[i + 1], z[i], z[i + 1]
+        for j in range(x.shape[0]):
+            px, pz, qx, qz = ax[j], az[j], bx[j], bz[j]
+            ax[j], az[j], bx[j], bz[j] = px + qx, pz + qz, px - qx, pz - qz
+
+
+@njit(fastmath=True)
+def radix(p, x, z, roots, y, v):
+    """The first step where p, the odd factor of N, is not 1."""
+    (cos, sin), N, m = roots, x.shape[0], x.shape[0] // p
+    for i in range(N):
+        ax, az = y[i], v[i]
+        ax[:] = az[:] = 0
+        for t in range(i % m, N, m):
+            c, s, bx, bz = cos[i // m * t % N], sin[i // m * t % N], x[t], z[t]
+            for j in range(N):
+                ax[j] += bx[j] * c - bz[j] * s
+                az[j] += bx[j] * s + bz[j] * c
+    x[:], z[:] = y, v
+
+
+@njit(fastmath=True)
+def fft(x, z, roots, y, v):
+    """The FFT of x + i z along the columns, in place, of z + i x the FFT back; y + i v is scratch."""
+    n = x.shape[0] & -x.shape[0]
+    if n < x.shape[0]:
+        radix(x.shape[0] // n, x, z, roots, y, v)
+    while n > 2:
+        radix4(x, z, n, roots)
+        n //= 4
+    if n == 2:
+        radix2(x, z)
+
+
+@njit(fastmath=True)
+def turn(x, order, out):
+    """Both fields transposed; row i becomes column order[i]."""
+    N = order.size
+    for s in (0, N):
+        for i in range(N):
+            z, k = x[s + i], order[i]
+            for j in range(N):
+                out[s + j, k] = z[j]
+
+
+@njit(fastmath=True)
+def ring(waves, a, g, around, y):
+    """y_n = a y_{n-1} + r_n forward, then backward: once around for the y that the ring closes with, once for all."""
     N = a.size
-    U0, V0 = r[0, 0], r[N, 0]
-    shift(r, -U0, -V0)
-    np.dot(r, Q, waves)
     for s in (0, N):
         for i, way in ((s, 1), (s + N - 1, -1)):
-            y[:] = 0  # y_n = a y_{n-1} + r_n: once around for the y that the ring closes with, once for all
+            y[:] = 0
             for n in range(N):
                 w = waves[i + way * n]
                 for k in range(N):
@@ -191,21 +257,45 @@ def diffuse(r, S, waves, out):
                 w = waves[i + way * n]
                 for k in range(N):
                     y[k] = a[k] * y[k] + w[k]
-                    w[k] = y[k]
-    np.dot(waves, Qg, out)
-    shift(out, U0, V0)
+                    w[k] = g[k] * y[k]
+
+
+@njit(fastmath=True)
+def diffuse(r, dU, dV, S, waves, out):
+    """out = S r + (dU, dV), and r is spent. One complex FFT along x does U + i V."""
+    fast, Q, Qt, roots, order, natural, (a, g, around, y) = S
+    N = a.size
+    U, V, P, R = r[:N], r[N:], waves[:N], waves[N:]
+    if fast:
+        fft(U, V, roots, P, R)
+        turn(r, order, waves)
+    else:
+        np.dot(r, Q, waves)
+    ring(waves, a, g, around, y)
+    if fast:
+        turn(waves, natural, r)
+        fft(V, U, roots, P, R)
+    else:
+        np.dot(waves, Qt, r)
+    for s, d in ((0, dU), (N, dV)):
+        for i in range(N):
+            x, z = r[s + i], out[s + order[i]]
+            for j in range(N):
+                z[j] = x[j] + d
 
 
 @njit(fastmath=True)
 def react(u, A, B, force, disc, dt, r):
-    """r = u + dt R(u)"""
+    """r = u + dt R(u), less the numbers that it returns: S leaves a constant as it is, and rounding acts on the rest only."""
     N = disc.shape[0]
+    U0, V0 = u[0, 0], u[N, 0]
     for i in range(N):
         U, V, f, p, q = u[i], u[N + i], disc[i], r[i], r[N + i]
         for j in range(N):
             flow = A * U[j] - U[j] * U[j] * V[j]
-            p[j] = U[j] + dt * (B - U[j] - flow + force * f[j])
-            q[j] = V[j] + dt * flow
+            p[j] = U[j] - U0 + dt * (B - U[j] - flow + force * f[j])
+            q[j] = V[j] - V0 + dt * flow
+    return U0, V0
 
 
 @njit(fastmath=True)
@@ -213,7 +303,7 @@ def misfit(u, total):
     """total + sum (1 - u)^2 / 2"""
     for i in range(u.shape[0]):
         x = u[i]
-        for j in range(u.shape[1]):
+        for j in range(u.shape[0] // 2):
             total += (1 - x[j]) ** 2 / 2
     return total
 
@@ -223,9 +313,9 @@ def imex_kernel(states, A, B, disc, S, dt, steps, every, first, r, waves):
     """The loss; state n stays in states[n], as far as they reach."""
     loss = misfit(states[0], 0 * A)
     for n in range(steps):
-        react(states[n % len(states)], A, B, FORCING if n >= first else 0.0, disc, dt, r)
+        U0, V0 = react(states[n % len(states)], A, B, FORCING if n >= first else 0.0, disc, dt, r)
         new = states[(n + 1) % len(states)]
-        diffuse(r, S, waves, new)
+        diffuse(r, U0, V0, S, waves, new)
         if (n + 1) % every == 0:
             loss = misfit(new, loss)
     return loss
@@ -234,7 +324,7 @@ def imex_kernel(states, A, B, disc, S, dt, steps, every, first, r, waves):
 @njit(fastmath=True)
 def react_vjp(u, A, dt, sampled, w):
     """w = (1 + dt R'(u))^T w, plus u - 1 where the state was sampled; returns the cotangents of A and B over dt."""
-    N = u.shape[1]
+    N = u.shape[0] // 2
     Ab = Bb = 0.0
     for i in range(N):
         U, V, p, q = u[i], u[N + i], w[i], w[N + i]
@@ -251,7 +341,7 @@ def react_vjp(u, A, dt, sampled, w):
 @njit(fastmath=True)
 def dot_lap(w, u):
     """<w, lap u> dx^2 as -<grad w, grad u>: differences of neighbours are exact where the fields are smooth, lap u is not."""
-    N = u.shape[1]
+    N = u.shape[0] // 2
     total = 0.0
     for s in (0, N):
         for i in range(N):
@@ -268,7 +358,7 @@ def imex_vjp_kernel(states, A, S, dt, steps, every, r, waves, w):
     """The cotangents of u0, A, B and alpha / dx^2, from that of the last state in r and from all the states."""
     Ab = Bb = cb = 0.0
     for n in range(steps - 1, -1, -1):
-        diffuse(r, S, waves, w)
+        diffuse(r, 0 * A, 0 * A, S, waves, w)
         cb += dot_lap(w, states[n + 1])
         A1, B1 = react_vjp(states[n], A, dt, 1.0 if n % every == 0 else 0.0, w)
         Ab += A1
@@ -280,7 +370,7 @@ def imex_vjp_kernel(states, A, S, dt, steps, every, r, waves, w):
 @njit(fastmath=True)
 def react_jvp(u, du, A, dA, dB, dt, dr):
     """The tangent of r in `react`."""
-    N = u.shape[1]
+    N = u.shape[0] // 2
     for i in range(N):
         U, V, dU, dV, p, q = u[i], u[N + i], du[i], du[N + i], dr[i], dr[N + i]
         for j in range(N):
@@ -292,7 +382,7 @@ def react_jvp(u, du, A, dA, dB, dt, dr):
 @njit(fastmath=True)
 def add_lap(u, a, r):
     """r += a lap u dx^2"""
-    N = u.shape[1]
+    N = u.shape[0] // 2
     for s in (0, N):
         for i in range(N):
             x, xm, xp, z = u[s + i], u[s + (i - 1) % N], u[s + (i + 1) % N], r[s + i]
@@ -305,7 +395,7 @@ def add_lap(u, a, r):
 def misfit_jvp(u, du, total):
     for i in range(u.shape[0]):
         x, dx = u[i], du[i]
-        for j in range(u.shape[1]):
+        for j in range(u.shape[0] // 2):
             total += (x[j] - 1) * dx[j]
     return total
 
@@ -319,12 +409,12 @@ def imex_duals_kernel(u, du, r, dr, A, dA, B, dB, dc, disc, S, dt, steps, every,
     for n in range(steps):
         for k in range(LANES):
             react_jvp(u, du[k], A, dA[k], dB[k], dt, dr[k])
-        react(u, A, B, FORCING if n >= first else 0.0, disc, dt, r)
-        diffuse(r, S, waves, u)
+        U0, V0 = react(u, A, B, FORCING if n >= first else 0.0, disc, dt, r)
+        diffuse(r, U0, V0, S, waves, u)
         for k in range(LANES):
             if dc[k] != 0:
                 add_lap(u, dt * dc[k], dr[k])
-            diffuse(dr[k], S, waves, du[k])
+            diffuse(dr[k], 0 * A, 0 * A, S, waves, du[k])
         if (n + 1) % every == 0:
             loss = misfit(u, loss)
             for k in range(LANES):
@@ -334,7 +424,7 @@ def imex_duals_kernel(u, du, r, dr, A, dA, B, dB, dc, disc, S, dt, steps, every,
 
 def imex_primal(theta, data, size, work, states):
     saves, every, first = clock(size)
-    S = solver(theta["alpha"][()], size, work.Q)
+    S = solver(theta["alpha"][()], size, work.basis)
     A, B = theta["A"][()], theta["B"][()]
     states[0] = theta["u0"].reshape(2 * size.N, size.N)
     loss = imex_kernel(states, A, B, data["disc"], S, size.dt, saves * every, every, first, work.r, work.waves)
@@ -349,20 +439,20 @@ def imex_adjoint(theta, data, size, work):
     N, (saves, every, _) = size.N, clock(size)
     loss, S = imex_primal(theta, data, size, work, work.states)
     A = theta["A"][()]
-    np.subtract(work.states[-1], 1, out=work.r)
+    np.subtract(work.states[-1], 1, out=work.r[:, :N])
     u0b, Ab, Bb, cb = imex_vjp_kernel(work.states, A, S, size.dt, saves * every, every, work.r, work.waves, work.w)
-    work.u0b[:] = u0b
+    work.u0b[:] = u0b[:, :N]
     return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
 
 
 def imex_duals(theta, data, size, work):
     N, (saves, every, first) = size.N, clock(size)
-    S, A, B = solver(theta["alpha"][()], size, work.Q), theta["A"][()], theta["B"][()]
+    S, A, B = solver(theta["alpha"][()], size, work.basis), theta["A"][()], theta["B"][()]
     u0, u, r = theta["u0"].reshape(2 * N, N), work.w, work.r
-    du, dr = np.empty((2, LANES, 2 * N, N), u0.dtype)
+    du, dr = np.empty((2, LANES, *u.shape), u0.dtype)
 
     def dual(d, out):
-        u[:], du[:] = u0, d["u0"].reshape(2 * N, N, LANES).transpose(2, 0, 1)
+        u[:, :N], du[..., :N] = u0, d["u0"].reshape(2 * N, N, LANES).transpose(2, 0, 1)
         tangents = A, d["A"], B, d["B"], d["alpha"] * (N - 1) ** 2
         steps = size.dt, saves * every, every, first
         return imex_duals_kernel(u, du, r, dr, *tangents, data["disc"], S, *steps, work.waves, out)
