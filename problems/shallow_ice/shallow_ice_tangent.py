@@ -98,6 +98,21 @@ def ude_prepare(structure, size):
 
 
 IMPLEMENTATION = {
-    "rhs": {"array": Implementation(rhs)},
-    "ude": {"array": Implementation(ude, ude_prepare)},
+    "rhs": {
+        "array": Implementation(
+            rhs,
+            unsupported={
+                "forward": 'Tangent\'s forward mode takes no slice beside another index (`has no annotation "func"`).'
+            },
+        )
+    },
+    "ude": {
+        "array": Implementation(
+            ude,
+            ude_prepare,
+            unsupported={
+                "forward": 'Tangent\'s forward mode takes no slice beside another index (`has no annotation "func"`).'
+            },
+        )
+    },
 }

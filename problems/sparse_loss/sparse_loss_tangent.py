@@ -1,16 +1,24 @@
 """The sparse losses in Tangent: whole arrays, K as one weight an edge (problems.sparse_loss.edges).
 
-Gathers and scatters are products with constant 0/1 matrices of SciPy, as in Autograd: x[i] = x[i] + ... goes wrong where i
+Gathers and scatters are products with constant 0/1 matrices of SciPy, as in Autograd: x[i] goes back wrong where i
 repeats, and np.take goes back through np.add.at. Their rule is over the product alone. Nor is there a sparse solve: LAPACK's
 banded Cholesky has a rule over the solve alone, which keeps the factor. What hangs on x alone Tangent leaves as it is.
 """
 
 import numpy as np
 import tangent
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, sparray
 
 from problems import Implementation
 from problems.sparse_loss import band, cholesky, edges, substitute
+
+tangent.utils.register_init_grad(sparray, lambda M: 0.0)  # forward mode wants a tangent of every argument
+
+
+def constant(function):
+    """A function of data alone, which forward mode does not enter."""
+    tangent.custom_vjp(function).defjvp(lambda out, *_: tangent.init_grad(out))
+    return function
 
 
 @tangent.custom_vjp
@@ -24,6 +32,11 @@ def times_vjp(outb, out, M, a):
     return 0.0, M.T @ outb
 
 
+@times.defjvp
+def times_jvp(out, M, a, dM, da):
+    return M @ da
+
+
 def chebyshev(c, q):
     """cos(i pi x), i = 0..q-1, from c = cos(pi x): (q, 2, points) of (2, points)."""
     T = [np.ones_like(c), c]
@@ -32,6 +45,7 @@ def chebyshev(c, q):
     return np.stack(T[:q])
 
 
+@constant
 def basis(x, ends, q):
     """phi at the midpoints of the edges: its factors in x and in y, (q, edges) each."""
     i = np.arange(q, dtype=x.dtype)
@@ -39,6 +53,7 @@ def basis(x, ends, q):
     return X, Y, 1 + i[:, None] ** 2 + i**2
 
 
+@constant
 def geometry(x, tri):
     """The weights of each triangle's three edges at k = 1 (3, triangles), the areas; x is (2, n)."""
     p0, p1, p2 = (x[:, nodes] for nodes in tri)
@@ -85,6 +100,15 @@ def solve_vjp(ub, u, K, F, band, factor):
     return (lam[i] - lam[j]) * (u[i] - u[j]), lam[:-1], 0.0, 0.0
 
 
+@solve.defjvp
+def solve_jvp(u, K, F, band, factor, dK, dF, *_):
+    i, j = band.ends.T
+    flux = dK * (u[j] - u[i])
+    dKu = np.bincount(i, flux, len(u)) - np.bincount(j, flux, len(u))
+    return extend(substitute(factor[0], dF - dKu[:-1].astype(u.dtype)))
+
+
+@constant
 def load(x, tri, slot, n):
     """F over the n inner nodes; what falls on the boundary goes past the last."""
     _, area = geometry(x, tri)
