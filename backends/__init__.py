@@ -3,6 +3,7 @@
 A backend file ends with one final class, `BACKEND = ...`. Reading it imports nothing of the library; constructing it does,
 after `environ` came into force. A method named after a strategy is that strategy: it takes `loss(theta, data)` (or the
 function that the implementation gave for the strategy) and returns `derivative(theta, data) -> (loss, {block: gradient})`.
+A library that reads source code finds the author's function behind it: `loss.of(theta, data, *loss.static)` is the same call.
 The first is the backend's main strategy. Where an implementation gave a function for a strategy, `<strategy>_given` takes
 it, if there is one, because the loss is checkpointed, or compiled, already.
 """

@@ -1,6 +1,8 @@
-"""Tangent: reverse mode from source to source. It writes a Python function that runs the loss and then backwards."""
+"""Tangent: source to source. It writes a Python function that runs the loss and then backwards, or tangents beside it.
 
-import inspect
+It reads the source of functions, of no lambda: it gets the function that was bound to its size.
+"""
+
 import sys
 
 import numpy as np
@@ -17,16 +19,15 @@ class Tangent(Backend):
         return {"TANGENT_DISK_CACHE": "0"}  # else a first call would find what another process wrote
 
     def __init__(self, device):
+        # It imports all that it finds: seconds, and memory, that are not its own.
         hidden = [name for name in ("torch", "jax", "matplotlib") if name not in sys.modules]
-        sys.modules.update(
-            dict.fromkeys(hidden)
-        )  # it imports all that it finds, which is seconds and memory not its own
+        sys.modules.update(dict.fromkeys(hidden))
         try:
             import tangent
         finally:
             for name in hidden:
                 del sys.modules[name]
-        self.grad = tangent.grad
+        self.tangent = tangent
 
     def put(self, array):
         return array
@@ -41,14 +42,27 @@ class Tangent(Backend):
         return loss
 
     def reverse(self, loss):
-        """Tangent reads the source of functions, of no lambda: it gets the function that was bound to its size."""
-        bound = inspect.getclosurevars(loss).nonlocals
-        gradient = self.grad(bound["function"], preserve_result=True)
-        static = [bound[name] for name in ("size", "work") if name in bound]
+        gradient = self.tangent.grad(loss.of, preserve_result=True)
 
         def derivative(theta, data):
-            blocks, value = gradient(theta, data, *static)
+            blocks, value = gradient(theta, data, *loss.static)
             return value, blocks
+
+        return derivative
+
+    def forward(self, loss):
+        """One jvp an entry: it takes one tangent at a time."""
+        jvp = self.tangent.jvp(loss.of, preserve_result=True, check_dims=False)
+
+        def derivative(theta, data):
+            seed = {name: np.zeros_like(block) for name, block in theta.items()}
+            gradient = {name: np.empty_like(block) for name, block in theta.items()}
+            for name, block in seed.items():
+                for k in np.ndindex(block.shape):
+                    block[k] = 1
+                    gradient[name][k], value = jvp(theta, data, *loss.static, seed)
+                    block[k] = 0
+            return value, gradient
 
         return derivative
 

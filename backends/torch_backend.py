@@ -99,6 +99,9 @@ class Torch(Backend):
     def compile_primal(self, loss):
         return self.torch.compile(self.primal(loss), dynamic=False)
 
+    def custom_rule(self, loss):
+        return self.reverse(loss)
+
     def func(self, loss):
         grad_and_value = self.torch.func.grad_and_value(loss)
 

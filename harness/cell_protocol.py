@@ -237,10 +237,14 @@ def primal_of(backend: Any, implementation: Implementation, strategy: str) -> tu
 
 
 def bind(function: Callable, size: Any, work: Any) -> Callable:
-    """loss(theta, data): size and work are static."""
-    if work is None:
-        return lambda theta, data: function(theta, data, size)
-    return lambda theta, data: function(theta, data, size, work)
+    """loss(theta, data): size and work are static. What was bound stays in sight, for who reads source code: `of`, `static`."""
+    bound: Any = (
+        (lambda theta, data: function(theta, data, size))
+        if work is None
+        else (lambda theta, data: function(theta, data, size, work))
+    )
+    bound.of, bound.static = function, (size,) if work is None else (size, work)
+    return bound
 
 
 def fetch(backend: Any, out: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -412,8 +412,7 @@ def imex_duals_kernel(u, du, r, dr, A, dA, B, dB, dc, disc, S, dt, steps, every,
         U0, V0 = react(u, A, B, FORCING if n >= first else 0.0, disc, dt, r)
         diffuse(r, U0, V0, S, waves, u)
         for k in range(LANES):
-            if dc[k] != 0:
-                add_lap(u, dt * dc[k], dr[k])
+            add_lap(u, dt * dc[k], dr[k])
             diffuse(dr[k], 0 * A, 0 * A, S, waves, du[k])
         if (n + 1) % every == 0:
             loss = misfit(u, loss)

@@ -1,9 +1,12 @@
-"""The neural ODE in Tangent: the batch is an axis. Weights go by name: through f(u, **net) their gradient is silently zero."""
+"""The neural ODE in Tangent: the batch is an axis. Weights go by name: through f(u, **net) their gradient is silently zero.
+
+In forward mode du is the tangent of u, so no variable may be called so; and it has no tangents for globals, only for
+attributes, so constants are those of their module.
+"""
 
 import numpy as np
 
-from problems import Implementation
-from problems.neural_ode import SAVES, T
+from problems import Implementation, neural_ode
 
 
 def f(u, W1, b1, W2, b2):
@@ -13,15 +16,15 @@ def f(u, W1, b1, W2, b2):
 
 
 def rhs(theta, data, size):
-    du = f(theta["u"], theta["W1"], theta["b1"], theta["W2"], theta["b2"])
-    return np.sum(data["v"] * du)
+    ut = f(theta["u"], theta["W1"], theta["b1"], theta["W2"], theta["b2"])
+    return np.sum(data["v"] * ut)
 
 
 def rk4(theta, data, size):
     W1, b1, W2, b2 = theta["W1"], theta["b1"], theta["W2"], theta["b2"]
-    u, target, dt = data["u0"], data["target"], T / (SAVES - 1) / size.m
+    u, target, dt = data["u0"], data["target"], neural_ode.T / (neural_ode.SAVES - 1) / size.m
     loss = np.sum((u - target[0]) ** 2)
-    for i in range(1, SAVES):
+    for i in range(1, neural_ode.SAVES):
         for _ in range(size.m):
             k1 = f(u, W1, b1, W2, b2)
             k2 = f(u + dt / 2 * k1, W1, b1, W2, b2)

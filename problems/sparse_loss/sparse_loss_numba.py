@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 from scipy.linalg import LinAlgError, get_lapack_funcs
 
+from backends.numba_backend import LANES, by_chunks
 from problems import Implementation
 from problems.sparse_loss import band, edges
 
@@ -230,6 +231,70 @@ def build_vjp(ends, lam, v, work, thetab):
     coefficients_vjp(work.c[1], thetab)
 
 
+# Duals: each number a comes with its tangents da (..., LANES)
+
+
+@njit(fastmath=True)
+def conductivity_duals(dtheta, mid, k, T, Z, dk):
+    """dk = k sum_ij dc_ij X_i Y_j: for a block of edges one product of matrices, with Z (BLOCK, q^2)."""
+    X, Y = T[0], T[1]
+    q = int(np.sqrt(len(dtheta)) + 0.5)
+    for start in range(0, len(k), BLOCK):
+        end = min(start + BLOCK, len(k))
+        chebyshev(mid[0, start:end], X)
+        chebyshev(mid[1, start:end], Y)
+        for i in range(q):
+            for j in range(q):
+                scale = 1 + i * i + j * j
+                for e in range(end - start):
+                    Z[e, q * i + j] = k[start + e] * X[i, e] * Y[j, e] / scale
+        np.dot(Z[: end - start], dtheta, dk[start:end])
+
+
+@njit(fastmath=True)
+def stiffness_duals(edge, g, dk, dK):
+    dK[:] = 0.0
+    for t in range(len(edge)):
+        e0, e1, e2 = edge[t, 0], edge[t, 1], edge[t, 2]
+        for k in range(LANES):
+            dkk = dk[e0, k] + dk[e1, k] + dk[e2, k]
+            dK[e0, k] += dkk * g[t, 0]
+            dK[e1, k] += dkk * g[t, 1]
+            dK[e2, k] += dkk * g[t, 2]
+
+
+@njit(fastmath=True)
+def product_duals(ends, dK, v, dr):
+    """dr = -dK v."""
+    dr[:] = 0.0
+    for e in range(len(ends)):
+        i, j = ends[e, 0], ends[e, 1]
+        dv = v[j] - v[i]
+        for k in range(LANES):
+            dr[i, k] -= dK[e, k] * dv
+            dr[j, k] += dK[e, k] * dv
+
+
+class Tangents(NamedTuple):
+    Z: np.ndarray  # (BLOCK, q^2)
+    k: np.ndarray  # (edges, LANES), as K
+    K: np.ndarray
+    r: np.ndarray  # (nodes, or slots; LANES)
+
+
+def tangents(theta, work, r):
+    shapes = (BLOCK, len(theta)), *((n, LANES) for n in (len(work.ends), len(work.ends), len(r)))
+    return Tangents(*(np.empty(shape, theta.dtype) for shape in shapes))
+
+
+@njit
+def residual_duals(dtheta, work, ends, v, d):
+    """The tangents of -K v, after `build`."""
+    conductivity_duals(dtheta, work.mid, work.k[0], work.T, d.Z, d.k)
+    stiffness_duals(work.edge, work.g, d.k, d.K)
+    product_duals(ends, d.K, v, d.r)
+
+
 def prepare(structure, size):
     tri, dtype = structure["tri"], structure["theta"].dtype
     ends, edge = edges(tri)
@@ -269,6 +334,19 @@ def fem_matvec(theta, data, size, work):
 def fem_matvec_adjoint(theta, data, size, work):
     work, r, thetab = work
     return matvec_kernel(theta["theta"], data["x"], data["w"], data["b"], work, r, thetab), {"theta": thetab}
+
+
+def fem_matvec_duals(theta, data, size, work):
+    assembly, r, _ = work
+    tangent = tangents(theta["theta"], assembly, r)
+
+    def dual(d, out):
+        loss = fem_matvec(theta, data, size, work)
+        residual_duals(d["theta"], assembly, assembly.ends, data["w"], tangent)
+        np.dot(r, tangent.r, out)
+        return loss
+
+    return by_chunks(theta, dual)
 
 
 def matvec_prepare(structure, size):
@@ -358,6 +436,22 @@ def fem_solve_adjoint(theta, data, size, work):
     return loss, {"theta": thetab}
 
 
+def fem_solve_duals(theta, data, size, work):
+    """K du = -dK u, with the factor that u was solved with."""
+    work, solve, lapack, _ = work
+    tangent = tangents(theta["theta"], work, solve.u)
+
+    def dual(d, out):
+        U = solution(theta, data, work, solve, lapack)
+        loss = misfit(solve.u, data["u_star"], solve.slot, solve.lam)
+        residual_duals(d["theta"], work, solve.ends, solve.u, tangent)
+        du, _ = lapack[1](U, tangent.r[:-1])
+        np.dot(solve.lam[:-1], du, out)
+        return loss
+
+    return by_chunks(theta, dual)
+
+
 def solve_prepare(structure, size):
     work, inner, dtype = prepare(structure, size), structure["inner"], structure["theta"].dtype
     b = band(work.ends, inner, *structure["u_star"].shape)
@@ -369,9 +463,13 @@ def solve_prepare(structure, size):
 
 IMPLEMENTATION = {
     "fem_matvec": {
-        "loops": Implementation(fem_matvec, matvec_prepare, strategies={"adjoint": fem_matvec_adjoint}),
+        "loops": Implementation(
+            fem_matvec, matvec_prepare, strategies={"adjoint": fem_matvec_adjoint, "duals": fem_matvec_duals}
+        ),
     },
     "fem_solve": {
-        "loops": Implementation(fem_solve, solve_prepare, strategies={"adjoint": fem_solve_adjoint}),
+        "loops": Implementation(
+            fem_solve, solve_prepare, strategies={"adjoint": fem_solve_adjoint, "duals": fem_solve_duals}
+        ),
     },
 }

@@ -2,7 +2,7 @@
 
 Gathers and scatters are index_select and index_add: each is the adjoint of the other, while x[i] goes back through the
 slower index_put. PyTorch has no sparse solve on the CPU, so LAPACK's banded Cholesky, as in Numba and JAX, sits in an
-autograd.Function: a rule over the solve alone, which keeps the factor for the adjoint.
+autograd.Function: a rule over the solve alone, which keeps the factor for the adjoint. So `reverse` is `custom_rule` here.
 """
 
 from functools import cache
@@ -198,7 +198,7 @@ IMPLEMENTATION = {
         "inplace": Implementation(fem_matvec_inplace, matvec_prepare),
     },
     "fem_solve": {
-        "array": Implementation(fem_solve, solve_prepare),
-        "inplace": Implementation(fem_solve_inplace, solve_prepare),
+        "array": Implementation(fem_solve, solve_prepare, strategies={"custom_rule": fem_solve}),
+        "inplace": Implementation(fem_solve_inplace, solve_prepare, strategies={"custom_rule": fem_solve_inplace}),
     },
 }
