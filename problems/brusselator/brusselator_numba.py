@@ -147,11 +147,11 @@ def imex_prepare(structure, size):
     return Work(basis, np.empty((saves * every + 1, 2 * N, N), dtype), *fields, np.empty((2 * N, N), dtype))
 
 
-def imex_basis(N, dtype):
+def imex_basis(N, dtype, fft=True):
     """How waves along an axis are had: fast, by `fft`, where N is a power of 2 times a small odd number, else by Q. Then
     how many numbers a row is longer than N: were it a power of 2, a column would share few sets of the cache."""
     odd, Q, angle, natural = N // (N & -N), fourier(N), 2 * np.pi / N * np.arange(N), np.arange(N)
-    fast, order = odd < 10, natural[:odd]
+    fast, order = fft and odd < 10, natural[:odd]
     while fast and order.size < N:
         order = (order[:, None] + order.size * natural[: 4 if N // order.size % 4 == 0 else 2]).ravel()
     real = np.zeros(0, dtype).real.dtype
