@@ -148,9 +148,9 @@ def imex_prepare(structure, size):
 
 
 def imex_basis(N, dtype, fft=True):
-    """How waves along an axis are had: fast, by `fft`, where N is a power of 2 times a small odd number, else by Q. Then
-    how many numbers a row is longer than N: were it a power of 2, a column would share few sets of the cache (`turn` takes a half
-    of the time so). Enzyme asks for no FFT."""
+    """How waves along an axis are had: fast, by `fft`, where N is a power of 2 times a small odd number, else by Q (which is
+    all that Enzyme asks for). Then how many numbers a row is longer than N: were it a power of 2, a column would share few
+    sets of the cache, and `turn` take twice the time."""
     odd, Q, angle, natural = N // (N & -N), fourier(N), 2 * np.pi / N * np.arange(N), np.arange(N)
     fast, order = fft and odd < 10, natural[:odd]
     while fast and order.size < N:
