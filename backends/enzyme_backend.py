@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import FunctionType
 
@@ -31,24 +31,35 @@ class EnzymeError(Exception):
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """An array argument that belongs to the call: `scratch` holds anything, `output` zeros at first and is returned."""
+class Slot:
+    """An array of the call: an argument (one without axes is a number), a buffer, or what the kernel returns."""
 
     shape: tuple[int, ...]
-    dtype: str = "float64"
-    returned: bool = False
+    dtype: str
+    role: str = "input"  # scratch, output or result
+    name: str = ""
+
+    @property
+    def bytes(self):
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def real(self):
+        return self.dtype.startswith("float")
+
+
+def scratch(shape, dtype="float64"):
+    """A buffer of the kernel's; it holds anything at first."""
+    return Slot(_shape(shape), np.dtype(dtype).name, "scratch")
+
+
+def output(shape, dtype="float64"):
+    """A buffer that is returned; it holds zeros at first."""
+    return Slot(_shape(shape), np.dtype(dtype).name, "output")
 
 
 def _shape(shape):
     return tuple(int(n) for n in np.atleast_1d(shape))
-
-
-def scratch(shape, dtype="float64"):
-    return Buffer(_shape(shape), np.dtype(dtype).name)
-
-
-def output(shape, dtype="float64"):
-    return Buffer(_shape(shape), np.dtype(dtype).name, returned=True)
 
 
 def differentiable(kernel, *shapes):
@@ -64,8 +75,8 @@ def differentiable(kernel, *shapes):
     def call(*args):
         spec, leaves = _flatten(args)
         program = _program(kernel, spec, shapes)
-        for x in (x for x, mutated in zip(leaves, program.mutated, strict=True) if mutated):
-            if sum(x is y for y in leaves) > 1:
+        for x, slot in zip(leaves, program.inputs, strict=True):
+            if slot.name not in program.constant and sum(x is y for y in leaves) > 1:
                 raise EnzymeError(
                     f"{program.name} overwrites an argument that is passed twice, which has no meaning for arrays that "
                     "cannot change; pass a copy."
@@ -85,20 +96,7 @@ def check():
         raise EnzymeError(f"{failed[0]} raised an exception; call it without differentiating to see which.")
 
 
-# The kernel's LLVM IR
-
-
-@dataclass(frozen=True)
-class Number:
-    """A scalar argument at run time (a 0-d array)."""
-
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Array:
-    shape: tuple[int, ...]
-    dtype: str
+# Numba's LLVM IR of the kernel, and `core`, which calls it
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _flatten(args):
     leaves = []
 
     def spec(x):
-        if isinstance(x, Buffer):
+        if isinstance(x, Slot):
             return x
         if isinstance(x, tuple | list):
             return tuple(spec(y) for y in x)
@@ -124,7 +122,7 @@ def _flatten(args):
             return Static(repr(x), type(x))
         x = jnp.asarray(x)
         leaves.append(x)
-        return Array(x.shape, x.dtype.name) if x.ndim else Number(x.dtype.name)
+        return Slot(x.shape, x.dtype.name)
 
     return tuple(spec(x) for x in args), leaves
 
@@ -138,90 +136,42 @@ def _ir_type(dtype, what):
     return IR_TYPES[dtype]
 
 
-@dataclass
-class Slot:
-    """One pointer of `core`: a result, a buffer or an argument."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def bytes(self):
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-    @property
-    def attribute(self):
-        """Tells Enzyme what is there, which it cannot always see from the code."""
-        what = {"float64": "Float@double", "float32": "Float@float"}.get(self.dtype, "Integer")
-        return f'"enzyme_type"="{{[-1]:Pointer, [-1,-1]:{what}}}"'
-
-    @property
-    def real(self):
-        return self.dtype.startswith("float")
-
-
 class Program:
-    """A kernel for arguments of known shapes: `core`, its IR as void(results, buffers, arguments, status)."""
+    """A kernel for arguments of known shapes; `core` is its IR as void(results, buffers, inputs, status)."""
 
     def __init__(self, kernel, spec, shapes):
-        self.name = getattr(kernel, "__name__", str(kernel))
+        self.name, self.shapes = getattr(kernel, "__name__", str(kernel)), list(shapes)
         self.status = ctypes.c_int32(0)  # written by the compiled code
-        self.inputs, self.buffers, self.results = [], [], []
-        self.core = _Core(self, kernel, spec, list(shapes)).text
-        declared = re.sub(r'"[^"]*"="[^"]*"', "", re.search(r"^define[^\n]* @core\(([^\n]*)", self.core, re.M)[1])
-        reads = {
-            name for about, name in re.findall(r"ptr ([^%]*)%(\w+)", declared) if re.search("read(only|none)", about)
-        }
-        self.mutated = [x.name not in reads for x in self.inputs]
-        self.outputs = self.results + [b for b, returned in self.buffers if returned]
-
-
-@cache
-def _program(kernel, spec, shapes):
-    program = Program(kernel, spec, shapes)
-    _programs.append(program)
-    return program
-
-
-_programs = []
-
-
-class _Core:
-    """Writes `core`, which calls the kernel with Numba's own conventions."""
-
-    def __init__(self, program, kernel, spec, shapes):
-        self.program, self.shapes = program, list(shapes)
-        self.checks, self.wrong, self.copies = [], [], []
         for boxed in (False, True):  # 0-d arrays as numbers or, for a kernel that indexes them, as arrays
-            self.loads, self.boxed = [], boxed
-            program.inputs, program.buffers = [], []
-            arguments = [self.argument(x) for x in spec]
+            self.inputs, self.buffers, loads = [], [], []
+            arguments = [self.argument(x, None if boxed else loads) for x in spec]
             try:
                 overload = _compile(kernel, tuple(t for t, _ in arguments))
                 break
             except EnzymeError:
-                if boxed or not any(not s.shape for s in program.inputs):
+                if boxed or all(s.shape for s in self.inputs):
                     raise
         values = [v for _, some in arguments for v in some]
+        self.results, self.checks, self.copies, self.wrong = [], [], [], "%raised"
         root = self.result(overload.fndesc.restype)
-        wrong = "%raised"
-        for k, one in enumerate(self.wrong):
-            self.checks.append(f"%w{k} = or i1 {wrong}, {one}")
-            wrong = f"%w{k}"
-        slots = [*program.results, *(b for b, _ in program.buffers), *program.inputs]
-        inner, arguments = overload.fndesc.llvm_func_name, ", ".join(["ptr %ret", "ptr %exc", *values])
+        self.outputs = self.results + [s for s in self.buffers if s.role == "output"]
+        # Tells Enzyme what is there, which it cannot always see from the code.
+        kinds = {"float64": "Float@double", "float32": "Float@float"}
+        about = 'ptr noalias "enzyme_type"="{{[-1]:Pointer, [-1,-1]:{}}}" %{}'
+        slots = [about.format(kinds.get(s.dtype, "Integer"), s.name) for s in self.slots]
+        inner, types = overload.fndesc.llvm_func_name, ["ptr", "ptr", *(v.split()[0] for v in values)]
         lines = [
-            f"define void @core({', '.join(f'ptr noalias {s.attribute} %{s.name}' for s in slots)}, ptr noalias %status) {{",
+            f'declare i32 @"{inner}"({", ".join(types)})',
+            f"define void @core({', '.join(slots)}, ptr noalias %status) {{",
             "%ret = alloca ROOT",
             "%exc = alloca ptr",
-            *self.loads,
-            f'%code = call i32 @"{inner}"({arguments})',
+            *loads,
+            f'%code = call i32 @"{inner}"({", ".join(["ptr %ret", "ptr %exc", *values])})',
             "%raised = icmp ne i32 %code, 0",
             *self.checks,
-            f"%failed = zext i1 {wrong} to i32",
+            f"%failed = zext i1 {self.wrong} to i32",
             "store i32 %failed, ptr %status",
-            f"br i1 {wrong}, label %end, label %copy",
+            f"br i1 {self.wrong}, label %end, label %copy",
             "copy:",
             *self.copies,
             "br label %end",
@@ -229,33 +179,34 @@ class _Core:
             "ret void",
             "}",
         ]
-        self.text = _simplify(program.name, overload.library.get_llvm_str(), "\n".join(lines).replace("ROOT", root))
+        self.core, constant = _link(self.name, overload, types, "\n".join(lines).replace("ROOT", root))
+        self.constant = {s.name for s in self.inputs} & constant
 
-    def argument(self, x):
+    @property
+    def slots(self):
+        return [*self.results, *self.buffers, *self.inputs]
+
+    def argument(self, x, loads):
         """Numba's type of an argument, and its values in Numba's calling convention."""
         from numba import from_dtype, types
 
         if isinstance(x, tuple):
-            parts = [self.argument(y) for y in x]
+            parts = [self.argument(y, loads) for y in x]
             return types.Tuple([t for t, _ in parts]), [v for _, values in parts for v in values]
         if isinstance(x, Static):
             if x.type is float:
                 return types.float64, [f"double 0x{np.float64(x.value).view(np.uint64):016X}"]
-            return (
-                (types.boolean, [f"i8 {x.value == 'True':d}"]) if x.type is bool else (types.int64, [f"i64 {x.value}"])
-            )
-        dtype = from_dtype(np.dtype(x.dtype))
-        kind = _ir_type(x.dtype, f"An argument of {self.program.name}")
-        if isinstance(x, Buffer):
-            slot = Slot(f"b{len(self.program.buffers)}", x.shape, x.dtype)
-            self.program.buffers.append((slot, x.returned))
-        else:
-            slot = Slot(f"a{len(self.program.inputs)}", getattr(x, "shape", ()), x.dtype)
-            self.program.inputs.append(slot)
-        if isinstance(x, Number) and not self.boxed:
-            self.loads.append(f"%{slot.name}v = load {kind}, ptr %{slot.name}")
+            if x.type is bool:
+                return types.boolean, [f"i8 {x.value == 'True':d}"]
+            return types.int64, [f"i64 {x.value}"]
+        dtype, kind = from_dtype(np.dtype(x.dtype)), _ir_type(x.dtype, f"An argument of {self.name}")
+        same = self.inputs if x.role == "input" else self.buffers
+        slot = replace(x, name=f"{x.role[0]}{len(same)}")
+        same.append(slot)
+        if x.role == "input" and not x.shape and loads is not None:
+            loads.append(f"%{slot.name}v = load {kind}, ptr %{slot.name}")
             return dtype, [f"{kind} %{slot.name}v"]
-        size, shape = np.dtype(x.dtype).itemsize, slot.shape
+        size, shape = np.dtype(x.dtype).itemsize, x.shape
         strides = [size * math.prod(shape[k + 1 :]) for k in range(len(shape))]
         words = [f"i64 {n}" for n in (*shape, *strides)]
         head = ["ptr null", "ptr null", f"i64 {math.prod(shape)}", f"i64 {size}", f"ptr %{slot.name}"]
@@ -269,45 +220,57 @@ class _Core:
         def field(name, *where):
             return f"%{name} = getelementptr ROOT, ptr %ret, i32 0" + "".join(f", i32 {k}" for k in (*path, *where))
 
-        k, results = len(self.program.results), self.program.results
-        what = f"A result of {self.program.name}"
+        def new(shape, numba_dtype):
+            dtype = as_dtype(numba_dtype).name
+            kind = _ir_type(dtype, f"A result of {self.name}")
+            self.results.append(Slot(shape, dtype, "result", f"r{k}"))
+            return kind
+
+        k = len(self.results)
         if isinstance(numba_type, types.NoneType):
             return "ptr"
         if isinstance(numba_type, types.BaseTuple):
             return "{ " + ", ".join(self.result(t, (*path, i)) for i, t in enumerate(numba_type)) + " }"
         if isinstance(numba_type, types.Number | types.Boolean):
-            dtype = as_dtype(numba_type).name
-            kind = _ir_type(dtype, what)
-            results.append(Slot(f"r{k}", (), dtype))
+            kind = new((), numba_type)
             self.copies += [field(f"p{k}"), f"%v{k} = load {kind}, ptr %p{k}", f"store {kind} %v{k}, ptr %r{k}"]
             return kind
         if isinstance(numba_type, types.Array) and numba_type.layout == "C" and numba_type.ndim:
             if not self.shapes:
                 raise EnzymeError(
-                    f"{self.program.name} returns an array whose shape nobody knows before it runs; "
+                    f"{self.name} returns an array whose shape nobody knows before it runs; "
                     "give it, as in differentiable(kernel, (n, n))."
                 )
-            n, shape, dtype = numba_type.ndim, _shape(self.shapes.pop(0)), as_dtype(numba_type.dtype).name
-            _ir_type(dtype, what)
+            n, shape = numba_type.ndim, _shape(self.shapes.pop(0))
+            new(shape, numba_type.dtype)
             if len(shape) != n:
-                raise EnzymeError(f"{self.program.name} returns an array of {n} axes, whose shape cannot be {shape}.")
-            results.append(Slot(f"r{k}", shape, dtype))
+                raise EnzymeError(f"{self.name} returns an array of {n} axes, whose shape cannot be {shape}.")
             for axis in range(n):
-                name = f"{k}x{axis}"
-                self.checks += [field(f"s{name}", 5, axis), f"%n{name} = load i64, ptr %s{name}"]
-                self.checks += [f"%e{name} = icmp ne i64 %n{name}, {shape[axis]}"]
-                self.wrong.append(f"%e{name}")
-            copy = f"call void @llvm.memcpy.p0.p0.i64(ptr %r{k}, ptr %d{k}, i64 {results[-1].bytes}, i1 false)"
+                x = f"{k}x{axis}"
+                self.checks += [field(f"s{x}", 5, axis), f"%n{x} = load i64, ptr %s{x}"]
+                self.checks += [f"%e{x} = icmp ne i64 %n{x}, {shape[axis]}", f"%w{x} = or i1 {self.wrong}, %e{x}"]
+                self.wrong = f"%w{x}"
+            copy = f"call void @llvm.memcpy.p0.p0.i64(ptr %r{k}, ptr %d{k}, i64 {self.results[-1].bytes}, i1 false)"
             self.copies += [field(f"q{k}", 4), f"%d{k} = load ptr, ptr %q{k}", copy]
             return f"{{ ptr, ptr, i64, i64, ptr, [{n} x i64], [{n} x i64] }}"
         raise EnzymeError(
-            f"{self.program.name} returns {numba_type}; let it return numbers and C-contiguous arrays, "
+            f"{self.name} returns {numba_type}; let it return numbers and C-contiguous arrays, "
             "or write to an output buffer."
         )
 
 
+@cache
+def _program(kernel, spec, shapes):
+    program = Program(kernel, spec, shapes)
+    _programs.append(program)
+    return program
+
+
+_programs = []
+
+
 def _compile(kernel, types):
-    """Numba's overload of the kernel, not optimised: that comes before (_optimize) and after differentiating."""
+    """Numba's overload of the kernel, not optimised: that comes before (_optimized) and after differentiating."""
     from numba import config
     from numba.core.errors import NumbaError, UnsupportedBytecodeError
 
@@ -327,6 +290,39 @@ def _compile(kernel, types):
     return kernel.overloads[types]
 
 
+def _ir_of(overload):
+    """Numba's IR without what Enzyme must not see."""
+    text = overload.library.get_llvm_str()
+    # References are not counted: all that a call allocates lives until it ends.
+    text = re.sub(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", "", text, flags=re.M)
+    # fastmath lets LLVM make a maximum of h if h > 0 else 0, and at h = 0 Enzyme would take the derivative of the other branch.
+    text = re.sub(r"\b(fcmp|select|phi) (?:(?:fast|nnan|ninf|nsz|arcp|contract|afn|reassoc) )+", r"\1 ", text)
+    # Where Numba keeps Python objects of a kernel: not here, so that what needs them is found in _link.
+    return re.sub(r"^(@\S*_ZN08NumbaEnv\S* = )[^\n]*global ptr null.*", r"\1external global ptr", text, flags=re.M)
+
+
+def _c_function(name, f, result, *types):
+    """A module with a Python function of integers and pointers, by its name in C."""
+    from numba import njit
+
+    overload = _compile(njit(fastmath=True)(f), types)
+    values = ", ".join(f"{'ptr' if hasattr(t, 'dtype') else IR_TYPES[t.name]} %x{k}" for k, t in enumerate(types))
+    done = "ret void" if result == "void" else f"%x = load {result}, ptr %ret\nret {result} %x"
+    return (
+        _ir_of(overload)
+        + f"""
+define {result} @{name}({values}) {{
+  %ret = alloca i64
+  %exc = alloca ptr
+  %code = call i32 @"{overload.fndesc.llvm_func_name}"(ptr %ret, ptr %exc, {values})
+  {done}
+}}"""
+    )
+
+
+# The linked module: kernel, core and Numba's run-time functions, inlined and simplified
+
+
 # Functions of libm whose derivatives Enzyme knows, tried one by one in tests/test_enzyme.py.
 LIBM = {
     name + suffix
@@ -336,67 +332,70 @@ LIBM = {
     ).split()
     for suffix in ("", "f")
 }
-LIBC = {"memcpy", "memset", "memmove"}
+KNOWN = LIBM | {"memcpy", "memset", "memmove", "take", "gemm.double", "gemm.float"}
 
 
-def _simplify(name, kernel, core):
-    """IR of the kernel and its core in one module, inlined and simplified, as Enzyme wants it. Names what is not there."""
-    import llvmlite.binding as llvm
-
-    # References are not counted: all that a call allocates lives until it ends.
-    kernel = re.sub(r"^ *(tail )?call void @NRT_(in|de)cref\(.*\n", "", kernel, flags=re.M)
-    # fastmath lets LLVM make a maximum of h if h > 0 else 0, and at h = 0 Enzyme would take the derivative of the other branch.
-    kernel = re.sub(r"\b(fcmp|select|phi) (?:(?:fast|nnan|ninf|nsz|arcp|contract|afn|reassoc) )+", r"\1 ", kernel)
-    # Where Numba keeps Python objects of a kernel: not here, so that what needs them is found below.
-    kernel = re.sub(r"^(@\S*_ZN08NumbaEnv\S* = )[^\n]*global ptr null.*", r"\1external global ptr", kernel, flags=re.M)
-    memcpy = "declare void @llvm.memcpy.p0.p0.i64("
-    declared = memcpy + "ptr, ptr, i64, i1)\n" if memcpy not in kernel else ""
-    module = llvm.parse_assembly(kernel + declared + core)
-    function, arguments = re.search(r"call i32 @\"([^\"]+)\"\((.*)\)$", core, re.M).groups()
-    expected = [str(a.type) for a in module.get_function(function).arguments]
-    if expected != [word.split()[0] for word in arguments.split(", ")]:
+def _link(name, overload, types, core):
+    """(IR of the kernel and its core, as Enzyme wants it, the arguments of core that are only read)."""
+    module = _linked(_ir_of(overload), NUMBA + core)
+    if "numba_attempt_nocopy_reshape" in {f.name for f in module.functions}:
+        module = _linked(str(module), _reshape())
+    expected = [str(a.type) for a in module.get_function(overload.fndesc.llvm_func_name).arguments]
+    if expected != types:
         raise EnzymeError(
             f"Numba passes the arguments of {name} in a way that is not known here: {', '.join(expected)}."
         )
-    module.link_in(llvm.parse_assembly(NUMBA))
-    for f in module.functions:
-        if not f.is_declaration and f.name != "core":
-            f.linkage = "internal"
-            if not any(b"noinline" in about for about in f.attributes):
-                f.add_function_attribute("alwaysinline")
-    for g in module.global_variables:
-        if not g.is_declaration:
-            g.linkage = "internal"
-    whole = str(module)
     # Loops are better left to Enzyme, but some exceptions that cannot happen only vanish with the loops over axes.
+    whole = _inlined(module, "core")
     for unroll in (False, True):
-        text = _optimize(whole, unroll)
-        missing = _missing(text)
+        module = _optimized(whole, unroll)
+        absent = [x.name for x in (*module.functions, *module.global_variables) if x.is_declaration]
+        missing = [x for x in absent if not x.startswith("llvm.") and x not in KNOWN]
         if not missing:
             break
+    text, why = _text(module), ""
     if any(re.match("Py|_ZN08NumbaEnv", x) for x in missing):
-        raise EnzymeError(
-            f"Enzyme cannot differentiate {name}: it needs Python objects at run time, for printing or for an exception "
-            "whose text is made then; write that part as loops, or outside the kernel."
-        )
-    if missing:
-        raise EnzymeError(
-            f"Enzyme cannot differentiate {name}: it calls {missing[0]}, of which there is no LLVM code and no rule; "
+        why = (
+            "it needs Python objects at run time, for printing or for an exception whose text is made then; "
             "write that part as loops, or outside the kernel."
         )
-    if re.search(r"\bcall [^@\n]*? (%[\w.]+|inttoptr \([^)]*\))\(", text):
-        raise EnzymeError(
-            f"Enzyme cannot differentiate {name}: it calls a function by its address; call it by its name instead."
+    elif missing:
+        why = (
+            f"it calls {missing[0]}, of which there is no LLVM code and no rule; "
+            "write that part as loops, or outside the kernel."
         )
-    bodies = re.split(r"^define ", text, flags=re.M)[1:]
-    if any("@gemm." in body and "@core(" not in body.split("\n", 1)[0] for body in bodies):
-        raise EnzymeError(
-            f"Enzyme cannot differentiate {name}: it uses np.dot in a function that calls itself; write it as a loop."
-        )
-    return text
+    elif re.search(r"\bcall [^@\n]*? (%[\w.]+|inttoptr \([^)]*\))\(", text):
+        why = "it calls a function by its address; call it by its name instead."
+    elif any("@gemm." in str(f) for f in module.functions if not f.is_declaration and f.name != "core"):
+        why = "it uses np.dot in a function that calls itself; write it as a loop."
+    if why:
+        raise EnzymeError(f"Enzyme cannot differentiate {name}: {why}")
+    arguments = module.get_function("core").arguments
+    constant = {a.name for a in arguments if any(re.match(b"read(only|none)", x) for x in a.attributes)}
+    return text, constant
 
 
-def _optimize(text, unroll):
+def _linked(*texts):
+    import llvmlite.binding as llvm
+
+    module, *others = (llvm.parse_assembly(text) for text in texts)
+    for other in others:
+        module.link_in(other)
+    return module
+
+
+def _inlined(module, name):
+    """Its text, with everything to be inlined into the function of this name."""
+    for x in (*module.functions, *module.global_variables):
+        if not x.is_declaration and x.name != name:
+            x.linkage = "internal"
+    for f in module.functions:
+        if not f.is_declaration and f.name != name and not any(b"noinline" in about for about in f.attributes):
+            f.add_function_attribute("alwaysinline")
+    return str(module)
+
+
+def _optimized(text, unroll):
     """LLVM's usual passes, save that nothing is made SIMD: that comes after differentiating."""
     import llvmlite.binding as llvm
 
@@ -406,16 +405,36 @@ def _optimize(text, unroll):
     options.loop_unrolling = unroll
     builder = llvm.create_pass_builder(llvm.Target.from_default_triple().create_target_machine(), options)
     builder.getModulePassManager().run(module, builder)
-    # What LLVM wrote about aliasing in its version 22 is not what Enzyme's 24 reads.
+    return module
+
+
+def _text(module):
+    """Without what LLVM wrote about aliasing, in its version 22, which Enzyme's 24 does not read."""
     text = re.sub(r", !(alias\.scope|noalias) !\d+", "", str(module))
     return re.sub(r"^ *(tail )?call void @llvm\.experimental\.noalias\.scope\.decl\(.*\n", "", text, flags=re.M)
 
 
-def _missing(text):
-    """What the module calls or reads, but has not, and Enzyme does not know."""
-    names = re.findall(r"^declare [^@\n]*@\"?([\w.$]+)", text, re.M)
-    missing = [x for x in names if not x.startswith("llvm.") and x not in LIBM | LIBC | OURS]
-    return missing + re.findall(r"^@\"?([^\s\"]+)\"? = external", text, re.M)
+@cache
+def _reshape():
+    """Numba's reshape of an array without a copy, where it is contiguous in C order; else 0, and Numba raises."""
+    from numba import types
+
+    def reshape(n, shape, strides, n_new, shape_new, strides_new, size, fortran):
+        if fortran != 0:
+            return 0
+        step = size
+        for k in range(n - 1, -1, -1):
+            if strides[k] != step and shape[k] != 1:
+                return 0
+            step *= shape[k]
+        step = size
+        for k in range(n_new - 1, -1, -1):
+            strides_new[k] = step
+            step *= shape_new[k]
+        return 1
+
+    array = types.intp, types.CPointer(types.intp), types.CPointer(types.intp)
+    return _c_function("numba_attempt_nocopy_reshape", reshape, "i32", *array, *array, types.intp, types.int32)
 
 
 # A product is told by eight words in memory. In the IR below `STORE` with eight values writes them, `LOAD` reads them, and
@@ -452,7 +471,6 @@ def _ir(text):
 
 
 # Numba's run-time functions, for Enzyme: memory from `take`, all of BLAS as one product, which has a rule.
-OURS = {"take", "gemm.double", "gemm.float"}
 NUMBA = _ir(r"""
 declare noalias nonnull ptr @take(i64) nounwind allocsize(0)
 declare void @gemm.double(ptr, ptr, ptr, ptr)
@@ -519,48 +537,6 @@ STORE 116 110 1 1 %n %n %n 1
   ret i32 0
 }
 
-; Only where the array is contiguous, in C order; else 0, and Numba raises.
-define i32 @numba_attempt_nocopy_reshape(i64 %n, ptr %dims, ptr %strides, i64 %n.new, ptr %dims.new, ptr %strides.new, i64 %size, i32 %fortran) alwaysinline {
-entry:
-  %c = icmp eq i32 %fortran, 0
-  br i1 %c, label %old, label %no
-old:
-  %k = phi i64 [ %n, %entry ], [ %i, %old.next ]
-  %stride = phi i64 [ %size, %entry ], [ %stride1, %old.next ]
-  %more = icmp sgt i64 %k, 0
-  br i1 %more, label %old.one, label %new
-old.one:
-  %i = sub i64 %k, 1
-  %dim.at = getelementptr i64, ptr %dims, i64 %i
-  %dim = load i64, ptr %dim.at
-  %stride.at = getelementptr i64, ptr %strides, i64 %i
-  %is = load i64, ptr %stride.at
-  %right = icmp eq i64 %is, %stride
-  %one = icmp eq i64 %dim, 1
-  %fine = or i1 %right, %one
-  %stride1 = mul i64 %stride, %dim
-  br i1 %fine, label %old.next, label %no
-old.next:
-  br label %old
-new:
-  %l = phi i64 [ %n.new, %old ], [ %j, %new.one ]
-  %step = phi i64 [ %size, %old ], [ %step1, %new.one ]
-  %more.new = icmp sgt i64 %l, 0
-  br i1 %more.new, label %new.one, label %yes
-new.one:
-  %j = sub i64 %l, 1
-  %new.at = getelementptr i64, ptr %strides.new, i64 %j
-  store i64 %step, ptr %new.at
-  %dim.new.at = getelementptr i64, ptr %dims.new, i64 %j
-  %dim.new = load i64, ptr %dim.new.at
-  %step1 = mul i64 %step, %dim.new
-  br label %new
-yes:
-  ret i32 1
-no:
-  ret i32 0
-}
-
 define void @numba_gil_ensure(ptr %state) alwaysinline {
   ret void
 }
@@ -578,6 +554,9 @@ define void @Py_FatalError(ptr %text) alwaysinline {
   unreachable
 }
 """)  # noqa: E501
+
+
+# Enzyme's entry: what is compiled with the core, and the call of Enzyme
 
 
 # What is compiled with the core: memory and BLAS. `take` lists its blocks, `end` frees them. One call at a time.
@@ -713,136 +692,73 @@ end:
 """)  # noqa: E501
 
 
-# The same as loops. In forward mode Enzyme (enzyme-ad 0.0.16) takes no rule for a function that returns nothing, but it
-# differentiates this.
-GEMM_LOOPS = _ir(r"""
-define internal void @gemm.TYPE(ptr %s, ptr %a, ptr %b, ptr %c) {
-entry:
-LOAD
-  %a.plain = icmp eq i64 %ta, 110
-  %b.plain = icmp eq i64 %tb, 110
-  %a.row = select i1 %a.plain, i64 1, i64 %lda
-  %a.column = select i1 %a.plain, i64 %lda, i64 1
-  %b.row = select i1 %b.plain, i64 1, i64 %ldb
-  %b.column = select i1 %b.plain, i64 %ldb, i64 1
-  br label %column
-column:
-  %j = phi i64 [ 0, %entry ], [ %j1, %column.end ]
-  %j.in = icmp slt i64 %j, %n
-  br i1 %j.in, label %row, label %end
-row:
-  %i = phi i64 [ 0, %column ], [ %i1, %row.end ]
-  %i.in = icmp slt i64 %i, %m
-  br i1 %i.in, label %sum, label %column.end
-sum:
-  %p = phi i64 [ 0, %row ], [ %p1, %term ]
-  %x = phi TYPE [ 0.0, %row ], [ %x1, %term ]
-  %p.in = icmp slt i64 %p, %k
-  br i1 %p.in, label %term, label %row.end
-term:
-  %ai = mul i64 %i, %a.row
-  %ap = mul i64 %p, %a.column
-  %aip = add i64 %ai, %ap
-  %a.at = getelementptr TYPE, ptr %a, i64 %aip
-  %av = load TYPE, ptr %a.at
-  %bp = mul i64 %p, %b.row
-  %bj = mul i64 %j, %b.column
-  %bpj = add i64 %bp, %bj
-  %b.at = getelementptr TYPE, ptr %b, i64 %bpj
-  %bv = load TYPE, ptr %b.at
-  %ab = fmul fast TYPE %av, %bv
-  %x1 = fadd fast TYPE %x, %ab
-  %p1 = add i64 %p, 1
-  br label %sum
-row.end:
-  %cj = mul i64 %j, %ldc
-  %cij = add i64 %cj, %i
-  %c.at = getelementptr TYPE, ptr %c, i64 %cij
-  store TYPE %x, ptr %c.at
-  %i1 = add i64 %i, 1
-  br label %row
-column.end:
-  %j1 = add i64 %j, 1
-  br label %column
-end:
-  ret void
-}
-""")  # noqa: E501
+@cache
+def _gemm_loops(kind):
+    """The same as loops: in forward mode Enzyme (enzyme-ad 0.0.16) takes no rule for a function that returns nothing, but it
+    differentiates this."""
+    from numba import types
 
+    def gemm(s, a, b, c):
+        ta, tb, m, n, k, lda, ldb, ldc = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]
+        ai, ak = (1, lda) if ta == 110 else (lda, 1)
+        bk, bj = (1, ldb) if tb == 110 else (ldb, 1)
+        for j in range(n):
+            for i in range(m):
+                x = 0 * a[0]
+                for p in range(k):
+                    x += a[i * ai + p * ak] * b[p * bk + j * bj]
+                c[i + j * ldc] = x
 
-# The entry points: void(result, options, parameters, buffers, status, profile), XLA's convention for compiled code
+    real = types.CPointer(types.float64 if kind == "double" else types.float32)
+    text = _c_function(f"gemm.{kind}", gemm, "void", types.CPointer(types.int64), real, real, real)
+    return _text(_optimized(_inlined(_linked(text), f"gemm.{kind}"), False))
 
 
 def _entry(program, mode, active):
     """(IR, shapes that come out) of one mode: primal; forward (also tangents in and out); reverse (cotangents in, the
-    gradients of the active inputs out)."""
+    gradients of the active inputs out). It is void(result, options, parameters, buffers, status, profile), XLA's convention
+    for compiled code."""
     reals = [s for s in program.outputs if s.real]
     changed = [program.inputs[k] for k in active]
     out = {"primal": [], "forward": reals, "reverse": changed}[mode]
     into = {"primal": [], "forward": changed, "reverse": reals}[mode]
+    results = [s.name for s in program.outputs] + [f"d{s.name}" for s in out]
+    names = results + [f"in.{s.name}" for s in program.inputs] + [f"in.d{s.name}" for s in into]
     lines = []
-    names = [s.name for s in program.outputs] + [f"d{s.name}" for s in out]
-    names += [f"in.{s.name}" for s in program.inputs] + [f"in.d{s.name}" for s in into]
     for k, name in enumerate(names):
         lines += [f"%at.{name} = getelementptr ptr, ptr %buffers, i64 {k}", f"%{name} = load ptr, ptr %at.{name}"]
-
-    def take(name, slot, source=None):
-        """A block of the call's own: zeros, or a copy of the source."""
-        lines.append(f"%{name} = call ptr @take(i64 {slot.bytes})")
-        fill(name, slot) if source is None else copy(name, source, slot)
+    lines += ["%status = alloca i32", "call void @begin()"]
 
     def fill(name, slot, byte=0):
         lines.append(f"call void @llvm.memset.p0.i64(ptr %{name}, i8 {byte}, i64 {slot.bytes}, i1 false)")
 
-    def copy(name, source, slot):
-        lines.append(f"call void @llvm.memcpy.p0.p0.i64(ptr %{name}, ptr %{source}, i64 {slot.bytes}, i1 false)")
+    def pointer(name, slot, zero):
+        """Where it is: with XLA, or in a block of the call's own where the kernel or Enzyme would overwrite what XLA gave."""
+        given = f"in.{name}"
+        if given in names and slot.name in program.constant:
+            return given
+        if name not in names:
+            lines.append(f"%{name} = call ptr @take(i64 {slot.bytes})")
+        if given in names:
+            lines.append(f"call void @llvm.memcpy.p0.p0.i64(ptr %{name}, ptr %{given}, i64 {slot.bytes}, i1 false)")
+        elif zero:
+            fill(name, slot)
+        return name
 
-    lines += ["%status = alloca i32", "call void @begin()"]
-    arguments = []  # each pointer, and its shadow where it is differentiated
-    for slot in program.results:
-        if slot.real and mode == "reverse":
-            take(f"d{slot.name}", slot, f"in.d{slot.name}")
-        arguments.append((slot.name, slot.real and f"d{slot.name}"))
-    for slot, returned in program.buffers:
-        if returned:
-            fill(slot.name, slot)
+    primal, words = [], []
+    for slot in program.slots:
+        data = pointer(slot.name, slot, slot.role == "output")
+        primal.append(f"ptr %{data}")
+        if mode != "primal" and slot.real and (slot.name not in program.constant or slot in changed):
+            words.append(f'metadata !"enzyme_dup", ptr %{data}, ptr %{pointer(f"d{slot.name}", slot, True)}')
         else:
-            lines.append(f"%{slot.name} = call ptr @take(i64 {slot.bytes})")
-        if slot.real and mode != "primal":
-            if not returned:
-                take(f"d{slot.name}", slot)
-            elif mode == "forward":
-                fill(f"d{slot.name}", slot)
-            else:
-                take(f"d{slot.name}", slot, f"in.d{slot.name}")
-        arguments.append((slot.name, slot.real and f"d{slot.name}"))
-    for k, (slot, mutated) in enumerate(zip(program.inputs, program.mutated, strict=True)):
-        name = slot.name if mutated else f"in.{slot.name}"
-        if mutated:
-            take(slot.name, slot, f"in.{slot.name}")
-        differentiated = slot.real and (mutated or k in active)
-        if differentiated and mode != "primal":
-            if k not in active:
-                take(f"d{slot.name}", slot)
-            elif mode == "reverse":
-                fill(f"d{slot.name}", slot)
-            elif mutated:
-                take(f"d{slot.name}", slot, f"in.d{slot.name}")
-        shadow = f"d{slot.name}" if mutated or mode == "reverse" else f"in.d{slot.name}"
-        arguments.append((name, differentiated and shadow))
+            words.append(f'metadata !"enzyme_const", ptr %{data}')
     if mode == "primal":
-        lines.append(f"call void @core({', '.join(f'ptr %{name}' for name, _ in arguments)}, ptr %status)")
+        lines.append(f"call void @core({', '.join(primal)}, ptr %status)")
     else:
         # Without the flag, a pointer to this array or that, one of them not differentiated, gets its gradient written into
         # the other's data: silently wrong.
-        words = ["ptr @core", 'metadata !"enzyme_runtime_activity"']
-        for name, shadow in arguments:
-            words.append(
-                f'metadata !"enzyme_dup", ptr %{name}, ptr %{shadow}'
-                if shadow
-                else f'metadata !"enzyme_const", ptr %{name}'
-            )
-        words.append('metadata !"enzyme_const", ptr %status')
+        words = ["ptr @core", 'metadata !"enzyme_runtime_activity"', *words, 'metadata !"enzyme_const", ptr %status']
         lines.append(f"call void (...) @__enzyme_{'fwddiff' if mode == 'forward' else 'autodiff'}({', '.join(words)})")
     lines += [
         "call void @end()",
@@ -852,7 +768,7 @@ def _entry(program, mode, active):
         "failure:",
         f"store volatile i32 1, ptr inttoptr (i64 {ctypes.addressof(program.status)} to ptr)",
     ]
-    for name, slot in zip(names, [*program.outputs, *out], strict=False):
+    for name, slot in zip(results, [*program.outputs, *out], strict=True):
         fill(name, slot, -1)  # every bit 1: NaN
     lines += ["br label %done", "done:", "ret void", "}"]
     head = "define void @entry_point(ptr %_0, ptr %_1, ptr %_2, ptr %buffers, ptr %_4, ptr %_5) {"
@@ -866,17 +782,17 @@ def _assemble(core, entry, mode):
 
     runtime = RUNTIME
     for kind, size in (("double", 8), ("float", 4)):
-        if f"@gemm.{kind}(" in core:
-            from numba.np.linalg import ensure_blas
+        if f"@gemm.{kind}(" not in core:
+            continue
+        if mode == "forward":
+            core = str(_linked(core, _gemm_loops(kind)))
+            continue
+        from numba.np.linalg import ensure_blas
 
-            ensure_blas()
-            text = GEMM_LOOPS if mode == "forward" else GEMM
-            runtime += (
-                text.replace("TYPE", kind)
-                .replace("KIND", str(ord("d" if kind == "double" else "s")))
-                .replace("SIZE", str(size))
-                .replace("ADDRESS", str(llvm.address_of_symbol("numba_xxgemm")))
-            )
+        ensure_blas()
+        words = {"TYPE": kind, "KIND": ord("d" if kind == "double" else "s"), "SIZE": size}
+        words["ADDRESS"] = llvm.address_of_symbol("numba_xxgemm")
+        runtime += re.sub("|".join(words), lambda m: str(words[m[0]]), GEMM)
     there = {m for m in re.findall(r"^(?:define|declare) [^@\n]*@([\w.]+)\(", runtime, re.M)}
     core = re.sub(r"^declare [^@\n]*@([\w.]+)\(.*\n", lambda m: "" if m[1] in there else m[0], core, flags=re.M)
     core = core.replace("define void @core(", "define internal void @core(")
@@ -886,7 +802,7 @@ def _assemble(core, entry, mode):
     return re.sub(r"^(define .*)\{$", lambda m: m[1] + target, core + runtime + entry, flags=re.M)
 
 
-# JAX
+# The compiled call, as a primitive of JAX
 
 
 @contextmanager

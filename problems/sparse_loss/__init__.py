@@ -22,6 +22,9 @@ Tasks
 What they ask of AD: sums scattered through index arrays into a sparse type that most tools do not know; whatever hangs
 on coordinates or theta is computed in the call, so the tape holds the whole build. The adjoint of the solve is a second
 solve with the same factors: whoever differentiates through a factorisation or through conjugate gradients pays for it.
+Most libraries have no sparse solve that they can differentiate, and JAX's is slow. Outside CasADi the solve is therefore
+one operation with a rule over the solve alone, whatever the strategy: reverse, tape or forward is then AD of the assembly
+before it and of the loss behind it. In JAX, reverse transposes the jvp of the solve; custom_rule has its vjp written out.
 """
 
 from typing import NamedTuple
