@@ -87,7 +87,7 @@ def test_a_record_reads_back_as_it_was(record):
     SCHEMA.validate(strict)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(contexts, st.lists(cells, max_size=4), st.none() | values(End))
 def test_a_run_reads_back_as_it_was(tmp_path, context, found, end):
     path = tmp_path / ledger.machine_class() / "run.jsonl"
@@ -104,7 +104,7 @@ def test_a_run_reads_back_as_it_was(tmp_path, context, found, end):
     assert [r.path for r in ledger.read([tmp_path])] == [path]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(contexts, st.lists(cells, min_size=1, max_size=3, unique_by=lambda r: r.cell), st.data())
 def test_a_line_torn_anywhere_costs_that_line_only(tmp_path, context, found, data):
     """kill -9 or a full disk, at any byte: within a number, within a character, before the newline."""
