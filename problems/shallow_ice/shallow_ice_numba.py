@@ -141,32 +141,6 @@ def capped(x, lo, hi):
 
 
 @njit(fastmath=True)
-def corner(X, B, c, eps, i, j):
-    """K between four nodes, its slopes in h, a and b, and the capped differences of S along x and y."""
-    zero = X.dtype.type(0)
-    h00, h01 = max(X[i, j], zero), max(X[i, j + 1], zero)
-    h10, h11 = max(X[i + 1, j], zero), max(X[i + 1, j + 1], zero)
-    S00, S01, S10, S11 = B[i, j] + h00, B[i, j + 1] + h01, B[i + 1, j] + h10, B[i + 1, j + 1] + h11
-    x0, x1 = capped(S10 - S00, h00, h10), capped(S11 - S01, h01, h11)
-    y0, y1 = capped(S01 - S00, h00, h01), capped(S11 - S10, h10, h11)
-    a, b, h = S10 - S00 + S11 - S01, S01 - S00 + S11 - S10, h00 + h01 + h10 + h11
-    g, ch4 = a * a + b * b + eps, c * h * h * h * h
-    return ch4 * h * g, (5 * ch4 * g, 2 * ch4 * h * a, 2 * ch4 * h * b), (x0, x1, y0, y1)
-
-
-@njit(fastmath=True)
-def corner_duals(X, dX, i, j, k, slopes, differences):
-    """The tangents k of K, but for that of c, and of the capped differences."""
-    zero, (Kh, Ka, Kb), (x0, x1, y0, y1) = X.dtype.type(0), slopes, differences
-    d00, d01 = dX[i, j, k] if X[i, j] > 0 else zero, dX[i, j + 1, k] if X[i, j + 1] > 0 else zero
-    d10, d11 = dX[i + 1, j, k] if X[i + 1, j] > 0 else zero, dX[i + 1, j + 1, k] if X[i + 1, j + 1] > 0 else zero
-    dK = Kh * (d00 + d01 + d10 + d11) + Ka * (d10 - d00 + d11 - d01) + Kb * (d01 - d00 + d11 - d10)
-    dx0, dx1 = x0[2] * d10 - x0[1] * d00, x1[2] * d11 - x1[1] * d01
-    dy0, dy1 = y0[2] * d01 - y0[1] * d00, y1[2] * d11 - y1[1] * d10
-    return dK, dx0, dx1, dy0, dy1
-
-
-@njit(fastmath=True)
 def rhs_duals_kernel(H, dH, lnA, dlnA, B, v, c, eps, dloss):
     """The loss corner by corner, and its tangents into dloss."""
     N, zero, one = len(H), H.dtype.type(0), H.dtype.type(1)
@@ -176,17 +150,37 @@ def rhs_duals_kernel(H, dH, lnA, dlnA, B, v, c, eps, dloss):
         w0, w1 = one if i > 0 else zero, one if i + 2 < N else zero  # nothing moves on the boundary
         for j in range(N - 1):
             m0, m1 = one if j > 0 else zero, one if j + 2 < N else zero
-            v00, v01 = w0 * m0 * v[i, j], w0 * m1 * v[i, j + 1]
-            v10, v11 = w1 * m0 * v[i + 1, j], w1 * m1 * v[i + 1, j + 1]
-            wx0, wx1, wy0, wy1 = v00 - v10, v01 - v11, v00 - v01, v10 - v11
-            K, slopes, differences = corner(H, B, c, eps, i, j)
-            x0, x1, y0, y1 = differences
-            flow = wx0 * x0[0] + wx1 * x1[0] + wy0 * y0[0] + wy1 * y1[0]
+            v00, v01, v10, v11 = (
+                w0 * m0 * v[i, j],
+                w0 * m1 * v[i, j + 1],
+                w1 * m0 * v[i + 1, j],
+                w1 * m1 * v[i + 1, j + 1],
+            )
+            h00, h01, h10, h11 = (
+                max(H[i, j], zero),
+                max(H[i, j + 1], zero),
+                max(H[i + 1, j], zero),
+                max(H[i + 1, j + 1], zero),
+            )
+            S00, S01, S10, S11 = B[i, j] + h00, B[i, j + 1] + h01, B[i + 1, j] + h10, B[i + 1, j + 1] + h11
+            x0, lo_x0, hi_x0 = capped(S10 - S00, h00, h10)
+            x1, lo_x1, hi_x1 = capped(S11 - S01, h01, h11)
+            y0, lo_y0, hi_y0 = capped(S01 - S00, h00, h01)
+            y1, lo_y1, hi_y1 = capped(S11 - S10, h10, h11)
+            a, b, h = S10 - S00 + S11 - S01, S01 - S00 + S11 - S10, h00 + h01 + h10 + h11
+            g, ch4 = a * a + b * b + eps, c * h * h * h * h
+            K, flow = ch4 * h * g, (v00 - v10) * x0 + (v01 - v11) * x1 + (v00 - v01) * y0 + (v10 - v11) * y1
             loss += flow * K
             for k in range(LANES):
-                dK, dx0, dx1, dy0, dy1 = corner_duals(H, dH, i, j, k, slopes, differences)
-                dflow = wx0 * dx0 + wx1 * dx1 + wy0 * dy0 + wy1 * dy1
-                dloss[k] += dflow * K + flow * (dK + K * dlnA[k])
+                d00 = dH[i, j, k] if H[i, j] > 0 else zero
+                d01 = dH[i, j + 1, k] if H[i, j + 1] > 0 else zero
+                d10 = dH[i + 1, j, k] if H[i + 1, j] > 0 else zero
+                d11 = dH[i + 1, j + 1, k] if H[i + 1, j + 1] > 0 else zero
+                dflow = (v00 - v10) * (hi_x0 * d10 - lo_x0 * d00) + (v01 - v11) * (hi_x1 * d11 - lo_x1 * d01)
+                dflow += (v00 - v01) * (hi_y0 * d01 - lo_y0 * d00) + (v10 - v11) * (hi_y1 * d11 - lo_y1 * d10)
+                da, db, dh = d10 - d00 + d11 - d01, d01 - d00 + d11 - d10, d00 + d01 + d10 + d11
+                dK = ch4 * (5 * g * dh + 2 * h * (a * da + b * db)) + K * dlnA[k]
+                dloss[k] += dflow * K + flow * dK
     return loss
 
 
@@ -384,35 +378,6 @@ def ude_vjp_kernel(theta, B, H0, Href, T, unit, eps, A_span, ssp, X, L, rows, z,
 
 
 @njit(fastmath=True)
-def sia_duals(X, dX, B, c, dlnc, eps, p, P, dP, q, out, dout):
-    """out = p P + q X + H_t at X, corner by corner, and its tangents dout; dlnc are those of ln c."""
-    N, zero, one = len(X), X.dtype.type(0), X.dtype.type(1)
-    for i in range(N):
-        for j in range(N):
-            out[i, j] = p * P[i, j] + q * X[i, j]
-            for k in range(LANES):
-                dout[i, j, k] = p * dP[i, j, k] + q * dX[i, j, k]
-    for i in range(N - 1):
-        w0, w1 = one if i > 0 else zero, one if i + 2 < N else zero  # nothing moves on the boundary
-        for j in range(N - 1):
-            m0, m1 = one if j > 0 else zero, one if j + 2 < N else zero
-            n00, n01, n10, n11 = w0 * m0, w0 * m1, w1 * m0, w1 * m1
-            K, slopes, differences = corner(X, B, c, eps, i, j)
-            x0, x1, y0, y1 = differences[0][0], differences[1][0], differences[2][0], differences[3][0]
-            out[i, j] += n00 * K * (x0 + y0)
-            out[i, j + 1] += n01 * K * (x1 - y0)
-            out[i + 1, j] += n10 * K * (y1 - x0)
-            out[i + 1, j + 1] -= n11 * K * (x1 + y1)
-            for k in range(LANES):
-                dK, dx0, dx1, dy0, dy1 = corner_duals(X, dX, i, j, k, slopes, differences)
-                dK += K * dlnc[k]
-                dout[i, j, k] += n00 * (dK * (x0 + y0) + K * (dx0 + dy0))
-                dout[i, j + 1, k] += n01 * (dK * (x1 - y0) + K * (dx1 - dy0))
-                dout[i + 1, j, k] += n10 * (dK * (y1 - x0) + K * (dy1 - dx0))
-                dout[i + 1, j + 1, k] -= n11 * (dK * (x1 + y1) + K * (dx1 + dy1))
-
-
-@njit(fastmath=True)
 def dense_duals(W, dW, db, x, dx, dy):
     for o in range(W.shape[0]):
         for k in range(LANES):
@@ -447,30 +412,80 @@ def network_duals(theta, dtheta, z, dz):
 
 
 @njit(fastmath=True)
-def ude_duals_kernel(theta, dtheta, B, H0, Href, T, unit, eps, A_span, ssp, spy, L, dL, z, dz, dlnA, dloss):
+def sia_jvp(X, dX, B, c, dlnc, eps, p, dP, q, dout, Ks, dKs, dFs):
+    """The tangent of out in sia, dlnc that of ln c: one at a time, so that the inner loop is SIMD as there."""
+    N = X.shape[0]
+    zero, five = X.dtype.type(0), X.dtype.type(5)
+    for j in range(N):
+        Ks[j] = dKs[j] = dFs[j] = zero
+    for i in range(N - 1):
+        X0, X1, B0, B1, D0, D1, P0, out0 = X[i], X[i + 1], B[i], B[i + 1], dX[i], dX[i + 1], dP[i], dout[i]
+        K, dK, dFy = zero, zero, zero
+        for j in range(N - 1):
+            h00, h01, h10, h11 = max(zero, X0[j]), max(zero, X0[j + 1]), max(zero, X1[j]), max(zero, X1[j + 1])
+            d00, d01 = D0[j] if h00 > 0 else zero, D0[j + 1] if h01 > 0 else zero
+            d10, d11 = D1[j] if h10 > 0 else zero, D1[j + 1] if h11 > 0 else zero
+            S00, S01, S10, S11 = B0[j] + h00, B0[j + 1] + h01, B1[j] + h10, B1[j + 1] + h11
+            x, y, dx, dy = S10 - S00, S01 - S00, d10 - d00, d01 - d00
+            a, b, h = x + (S11 - S01), y + (S11 - S10), (h00 + h10) + (h01 + h11)
+            da, db, dh = dx + (d11 - d01), dy + (d11 - d10), (d00 + d10) + (d01 + d11)
+            h2, g = h * h, a * a + b * b + eps
+            ch4 = c * (h2 * h2)
+            west, dwest = K, dK
+            K = ch4 * h * g
+            dK = ch4 * (five * g * dh + (h + h) * (a * da + b * db)) + K * dlnc
+            dx = d10 if x > h10 else (-d00 if x < -h00 else dx)
+            dy = d01 if y > h01 else (-d00 if y < -h00 else dy)
+            dFx = (dwest + dK) * max(min(x, h10), -h00) + (west + K) * dx
+            south, dFy = dFy, (dKs[j] + dK) * max(min(y, h01), -h00) + (Ks[j] + K) * dy
+            out0[j] = p * P0[j] + q * D0[j] + ((dFx - dFs[j]) + (dFy - south))
+            Ks[j] = K
+            dKs[j] = dK
+            dFs[j] = dFx
+        out0[0] = p * P0[0] + q * D0[0]
+        out0[N - 1] = p * P0[N - 1] + q * D0[N - 1]
+    for i in (0, N - 1):
+        for j in range(N):
+            dout[i, j] = p * dP[i, j] + q * dX[i, j]
+
+
+@njit(fastmath=True)
+def misfit_jvp(H, dH, Href):
+    total = H.dtype.type(0)
+    for i in range(H.shape[0]):
+        for j in range(H.shape[1]):
+            total += 2 * (H[i, j] - Href[i, j]) * dH[i, j]
+    return total
+
+
+@njit(fastmath=True)
+def ude_duals_kernel(theta, dtheta, B, H0, Href, T, unit, eps, A_span, ssp, spy, L, dL, rows, z, dz, dloss):
     """The loss, and its tangents into dloss."""
-    N, loss = len(B), B.dtype.type(0)
+    loss = B.dtype.type(0)
     dloss[:] = 0
     for k in range(len(T)):
         A = A_span[0] + A_span[1] * network(theta, T[k], z)
         network_duals(theta, dtheta, z, dz)
-        for lane in range(LANES):
-            dlnA[lane] = dz[4][0, lane] * A_span[1] / A
         copy(H0, L[0])
-        dL[0] = 0
+        for lane in range(LANES):
+            dL[lane, 0] = 0
         for year in range(len(Href)):
             for _ in range(spy):
                 for s in range(3):
                     p, q = ssp[s]
-                    sia_duals(L[s], dL[s], B, q * A * unit, dlnA, eps, p, L[0], dL[0], q, L[s + 1], dL[s + 1])
-                copy(L[3], L[0])
-                copy(dL[3].reshape(N, -1), dL[0].reshape(N, -1))
-            loss += misfit(L[0], Href[year, k])
-            for i in range(N):
-                for j in range(N):
+                    c = q * A * unit
                     for lane in range(LANES):
-                        dloss[lane] += 2 * (L[0, i, j] - Href[year, k, i, j]) * dL[0, i, j, lane]
-    dloss /= Href.size
+                        d, dlnA = dL[lane], dz[4][0, lane] * A_span[1] / A
+                        sia_jvp(L[s], d[s], B, c, dlnA, eps, p, d[0], q, d[s + 1], rows[0], rows[1], rows[2])
+                    sia(L[s], B, c, eps, p, L[0], q, L[s + 1], rows[0], rows[1])
+                copy(L[3], L[0])
+                for lane in range(LANES):
+                    copy(dL[lane, 3], dL[lane, 0])
+            loss += misfit(L[0], Href[year, k])
+            for lane in range(LANES):
+                dloss[lane] += misfit_jvp(L[0], dL[lane, 0], Href[year, k])
+    for lane in range(LANES):
+        dloss[lane] /= Href.size
     return loss / Href.size
 
 
@@ -490,9 +505,9 @@ def ude_adjoint(theta, data, size, work):
 def ude_duals(theta, data, size, work):
     """All tangents go through the ice. That they meet in A, one number a temperature, would take one tangent, not 83; but to
     gather them there is to know the program, as the adjoint does."""
-    dL, dlnA = np.empty((*work.L.shape, LANES), work.L.dtype), np.empty(LANES, work.L.dtype)
+    dL = np.empty((LANES, *work.L.shape), work.L.dtype)
     dz = tuple(np.empty((n, LANES), work.L.dtype) for n in LAYERS)
-    fixed = work.unit, work.eps, work.A_span, work.ssp, steps_a_year(size), work.L, dL, work.z, dz, dlnA
+    fixed = work.unit, work.eps, work.A_span, work.ssp, steps_a_year(size), work.L, dL, work.rows, work.z, dz
     blocks, *arrays = ude_arguments(theta, data)
 
     def dual(d, out):
