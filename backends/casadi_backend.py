@@ -39,6 +39,12 @@ class CasADi(Backend):
         """Of the loss that is differentiated, where a strategy was given its own."""
         return self.primal(loss)
 
+    def implicit(self, loss):
+        return self.tape(loss)
+
+    def implicit_primal(self, loss):
+        return self.primal(loss)
+
     def compile(self, loss):
         return self._function(loss, True, self._by_compiler())
 

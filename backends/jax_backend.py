@@ -76,5 +76,12 @@ class Jax(Backend):
     def custom_rule(self, loss):
         return self.reverse(loss)
 
+    def implicit(self, loss):
+        return self.reverse(loss)
+
+    def implicit_given(self, loss):
+        """The loss by the rule is what is differentiated, so it is the primal too."""
+        return self.reverse(loss)
+
 
 BACKEND = Jax

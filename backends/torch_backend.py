@@ -111,6 +111,13 @@ class Torch(Backend):
 
         return derivative
 
+    def implicit(self, loss):
+        return self.reverse(loss)
+
+    def implicit_given(self, loss):
+        """The loss by the rule is what is differentiated, so it is the primal too."""
+        return self.reverse(loss)
+
     def forward(self, loss):
         """jvp under vmap, 64 tangents at once; torch.func.jacfwd takes all of them at once, n^2 numbers."""
         torch = self.torch

@@ -32,6 +32,10 @@ class BadSize(ValueError):
     """A size that the task cannot have: one sentence, with what to give instead."""
 
 
+class Diverged(ArithmeticError):
+    """A solver did not get there: one sentence, with what to give instead. Its cell has the status `diverged`."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to differentiate.

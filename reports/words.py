@@ -24,7 +24,7 @@ STATUSES = {
     "error": "An exception.",
 }
 NONE = "–"
-FORWARD, REVERSE = ("forward", "duals"), ("adjoint", "reverse", "tape", "func", "compile", "custom_rule")
+FORWARD, REVERSE = ("forward", "duals"), ("adjoint", "reverse", "tape", "func", "compile", "custom_rule", "implicit")
 CHEAP = 5  # primals: what reverse mode costs at most by operation counts (Griewank and Walther, ch. 3)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from problems import BadSize, brusselator, gold, structure
-from problems.brusselator import Imex, Rhs, brusselator_numba
+from problems import BadSize, Diverged, brusselator, gold, structure
+from problems.brusselator import Imex, Implicit, Rhs, brusselator_numba
 
 H = 1e-20
 
@@ -90,6 +90,27 @@ def test_imex_reference(alpha, loss, A, B, dalpha, along_gold, mean):
 
 
 @pytest.mark.parametrize(
+    ("alpha", "loss", "A", "B", "dalpha", "along_gold", "mean"),
+    [
+        (10, "1634.056877135", "934.215961332", "-66.8802837954", 0.0864523601245, "-16.9576652813", "0.3616741693678"),
+        (0.1, "1335.794998192", "881.881383803", "-147.727457525", 2153.82100386, "-9.5400809048", "0.3876444474339"),
+    ],
+)
+def test_implicit_reference(alpha, loss, A, B, dalpha, along_gold, mean):
+    size = Implicit(8, alpha=alpha)
+    value, gradient = adjoint("implicit", size)
+    agrees(value, loss)
+    agrees(gradient["A"], A)
+    agrees(gradient["B"], B)
+    assert gradient["alpha"] == pytest.approx(dalpha, rel=1e-10)  # rounding in lap w is 1e-11 of it at alpha = 10
+    direction = gold(2 * 8 * 8).reshape(2, 8, 8)
+    agrees(np.vdot(gradient["u0"], direction), along_gold)
+    agrees(along("implicit", size, "u0", direction, "inplace"), along_gold)
+    *_, last = brusselator.implicit_states(*brusselator.imex_inputs(size), size)
+    agrees(last[0].mean(), mean)
+
+
+@pytest.mark.parametrize(
     ("task", "size"),
     [
         ("rhs", Rhs(8)),
@@ -98,6 +119,9 @@ def test_imex_reference(alpha, loss, A, B, dalpha, along_gold, mean):
         ("imex", Imex(8, T=1.2)),
         ("imex", Imex(7, alpha=0.1, dt=0.05)),
         ("imex", Imex(3, dt=0.1)),
+        ("implicit", Implicit(6, alpha=0.1, T=1.2)),
+        ("implicit", Implicit(5, A=2.9, B=1.3, dt=0.1)),
+        ("implicit", Implicit(3, dt=0.025, T=1.2, save=0.05)),
     ],
 )
 def test_forms_and_adjoint(task, size):
@@ -117,6 +141,26 @@ def test_forms_and_adjoint(task, size):
 def test_imex_loops_complex():
     size = Imex(3, T=1.2, dt=0.1)
     assert along("imex", size, "alpha", 1.0, "loops") == pytest.approx(along("imex", size, "alpha", 1.0), rel=1e-11)
+
+
+@pytest.mark.parametrize("N", [3, 6])
+def test_jacobian_of_a_step(N):
+    """The sparse pattern: J d is the derivative of w - dt f(w) along d."""
+    J, dt, A, alpha = brusselator.sparse(N), 0.05, 3.4, 0.1
+    w, d = brusselator.initial(N) + 0.1, gold(2 * N * N).reshape(2, N, N)
+    z = w + 1j * H * d
+    f = brusselator.reaction(z, A, 1.0, 0.0) + alpha * brusselator.lap(z, N)
+    values = J.one - dt * alpha * J.lap - dt * brusselator.reaction_diagonals(w, A)[J.place]
+    assert np.allclose(J.matrix(values) @ d.ravel(), np.imag(z - dt * f).ravel() / H, rtol=1e-13, atol=1e-13)
+
+
+def test_newton_that_does_not_converge():
+    size = Implicit(4, T=200.0, dt=100.0, save=100.0, A=100.0, alpha=0.1)
+    theta, data = brusselator.imex_inputs(size)
+    with pytest.raises(Diverged, match="did not converge in 20 iterations; give a smaller dt"):
+        brusselator.implicit(theta, data, size)
+    with pytest.raises(Diverged, match="give a smaller dt"):
+        adjoint("implicit", size)
 
 
 def test_numba_primal_is_complex_safe():

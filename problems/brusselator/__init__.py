@@ -15,6 +15,11 @@ Tasks
            diagonalise lap, with eigenvalues lam = (2 cos(2 pi j/N) + 2 cos(2 pi k/N) - 4) / dx^2: by FFT, or as matrix
            products with Q, the real orthogonal Fourier basis (here in `inplace` and `loops`). Step n = 0, 1, ... is forced
            when n >= ceil(1.1 / dt), counted in integers. Loss = sum of (1 - u)^2 / 2 over t = 0, save, ..., T.
+    implicit  the same loss after steps of backward Euler, w - u - dt f(w, t + dt) = 0, which ten times the dt does not
+           upset: step n is forced when n + 1 >= ceil(1.1 / dt). Newton from w = u, each iteration one linear solve with
+           J = 1 - dt f'(w), sparse here, dense in `inplace` and `loops`. Once an update is below the root of the rounding
+           unit the next is below the unit: w is the root then. Its derivative by the implicit function theorem is one
+           solve with J; that of the iteration itself trails it by an iteration, so the statement makes one more.
 
 What they ask of AD: the thread's world 2. As loops: scalar code that mutates du and branches at the wrap; as arrays:
 seven shifted copies of the field. The whole derivative of rhs is a stencil again, so memory traffic is the measure. imex
@@ -27,10 +32,13 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import fft
+from scipy.sparse import csc_array, eye_array, kron
+from scipy.sparse.linalg import splu
 
-from problems import Task, gold, whole
+from problems import Diverged, Task, gold, whole
 
 FORCING, T_FORCING = 5.0, 1.1
+MOST_NEWTON = 20  # iterations; four or five do where dt is sensible
 
 
 class Rhs(NamedTuple):
@@ -48,6 +56,16 @@ class Imex(NamedTuple):
     A: float = 3.4
     B: float = 1.0
     dt: float = 0.005
+    save: float = 0.1
+
+
+class Implicit(NamedTuple):
+    N: int
+    T: float = 1.5
+    alpha: float = 10.0
+    A: float = 3.4
+    B: float = 1.0
+    dt: float = 0.05
     save: float = 0.1
 
 
@@ -157,6 +175,85 @@ def imex(theta, data, size):
     return sum(np.sum((1 - u) ** 2) / 2 for u in imex_states(theta, data, size))
 
 
+def newton(update, w):
+    """w - update(w) until it stands, and once more; a complex w by its real part, so that complex step is exact."""
+    tolerance, last = np.sqrt(np.finfo(w.dtype).eps), False
+    for _ in range(MOST_NEWTON):
+        dw = update(w)
+        w = w - dw
+        if last:
+            return w
+        last = np.max(np.abs(dw.real)) <= tolerance
+    raise diverged()
+
+
+def diverged():
+    return Diverged(f"Newton's method did not converge in {MOST_NEWTON} iterations; give a smaller dt.")
+
+
+def lap_matrix(N):
+    """lap of both fields, sparse, (2 N^2, 2 N^2)."""
+    one = np.eye(N)
+    ring = (np.roll(one, 1, 0) + np.roll(one, -1, 0) - 2 * one) * (N - 1) ** 2
+    return kron(eye_array(2), kron(ring, eye_array(N)) + kron(eye_array(N), ring), "csc")
+
+
+class Sparse(NamedTuple):
+    """J by columns, six entries each: those of 1 - dt alpha lap, less dt times what stands in dR."""
+
+    indices: np.ndarray
+    indptr: np.ndarray
+    one: np.ndarray  # (entries) of 1
+    lap: np.ndarray  # (entries) of lap
+    place: np.ndarray  # (entries) in `reaction_diagonals`
+
+    def matrix(self, values):
+        return csc_array((values, self.indices, self.indptr))
+
+
+def sparse(N):
+    n = N * N
+    pattern = (lap_matrix(N) + kron(np.eye(2)[::-1], eye_array(n))).tocsc()
+    pattern.sort_indices()
+    rows, columns = pattern.indices, np.repeat(np.arange(2 * n), 6)
+    itself, other = rows == columns, abs(rows - columns) == n
+    place = np.where(itself, columns, np.where(other, 2 * n + columns, 4 * n))
+    return Sparse(rows, pattern.indptr, itself.astype(float), np.where(other, 0, pattern.data), place)
+
+
+def reaction_diagonals(u, A):
+    """dR/du by columns: what U and V do to themselves, (2 N^2), and to the other, (2 N^2); then a zero."""
+    U, V = u.reshape(2, -1)
+    gain, U2 = 2 * U * V - A, U * U
+    return np.concatenate([gain - 1, -U2, -gain, U2, np.zeros(1)])
+
+
+def implicit_states(theta, data, size):
+    """u at t = 0, save, ..., T."""
+    u, A, B, alpha, N, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.N, size.dt
+    saves, every, first = clock(size)
+    J = sparse(N)
+    linear = J.one - dt * alpha * J.lap
+
+    def step(u, force):
+        def update(w):
+            F = w - u - dt * (reaction(w, A, B, force) + alpha * lap(w, N))
+            values = linear - dt * reaction_diagonals(w, A)[J.place]
+            return splu(J.matrix(values.astype(F.dtype)), permc_spec="MMD_AT_PLUS_A").solve(F.ravel()).reshape(F.shape)
+
+        return newton(update, u)
+
+    yield u
+    for s in range(saves):
+        for n in range(s * every, (s + 1) * every):
+            u = step(u, FORCING * data["disc"] if n + 1 >= first else 0.0)
+        yield u
+
+
+def implicit(theta, data, size):
+    return sum(np.sum((1 - u) ** 2) / 2 for u in implicit_states(theta, data, size))
+
+
 # inplace: slices and buffers mutated
 
 
@@ -214,6 +311,57 @@ def imex_inplace(theta, data, size):
         np.matmul(work, Q.T, out=r)
         u += r
         if (n + 1) % every == 0:
+            loss += np.sum((1 - u) ** 2) / 2
+    return loss
+
+
+def implicit_inplace(theta, data, size):
+    A, B, alpha, N, dt = theta["A"], theta["B"], theta["alpha"], size.N, size.dt
+    saves, every, first = clock(size)
+    n, c = N * N, dt * alpha * (N - 1) ** 2
+    u = theta["u0"].astype(np.result_type(*theta.values()))
+    real = u.real.dtype
+    push = dt * FORCING * data["disc"].astype(real)
+    M = np.eye(2 * n, dtype=u.dtype)
+    M -= dt * alpha * lap_matrix(N).toarray().astype(real)
+    J, r, F, buffers = np.empty_like(M), np.empty_like(u), np.empty_like(u), np.empty((3, N, N), u.dtype)
+    diagonals = [np.einsum("ii->i", J.reshape(2, n, 2, n)[s, :, z]) for s in range(2) for z in range(2)]
+
+    def update(w):
+        (U, V), (gain, U2, flow), (UU, UV, VU, VV) = w, buffers, diagonals
+        np.multiply(U, V, out=gain)
+        np.multiply(gain, U, out=flow)
+        np.multiply(U, U, out=U2)
+        buffers[:] *= dt
+        gain *= 2
+        gain -= dt * A
+        flow -= dt * A * U
+        np.multiply(1 + 4 * c, w, out=F)
+        F[:] -= r
+        F[0] += dt * U
+        F[0] -= flow
+        F[1] += flow
+        for out, x in ((F, w), (F.swapaxes(1, 2), w.swapaxes(1, 2))):
+            out[:, 1:] -= c * x[:, :-1]
+            out[:, 0] -= c * x[:, -1]
+            out[:, :-1] -= c * x[:, 1:]
+            out[:, -1] -= c * x[:, 0]
+        J[:] = M
+        UU += dt
+        UU -= gain.ravel()
+        UV -= U2.ravel()
+        VU += gain.ravel()
+        VV += U2.ravel()
+        return np.linalg.solve(J, F.ravel()).reshape(F.shape)
+
+    loss = np.sum((1 - u) ** 2) / 2
+    for step in range(1, saves * every + 1):
+        r[:] = u
+        r[0] += dt * B
+        if step >= first:
+            r[0] += push
+        u[:] = newton(update, u)
+        if step % every == 0:
             loss += np.sum((1 - u) ** 2) / 2
     return loss
 
@@ -293,6 +441,48 @@ def imex_loops(theta, data, size):
                     u[s, i, j] += r[i, j]
 
 
+def implicit_loops(theta, data, size):
+    A, B, alpha, disc, N, dt = theta["A"], theta["B"], theta["alpha"], data["disc"], size.N, size.dt
+    saves, every, first = clock(size)
+    n, c = N * N, dt * alpha * (N - 1) ** 2
+    u = theta["u0"].astype(np.result_type(*theta.values()))
+    F, J = np.empty_like(u), np.zeros((2 * n, 2 * n), u.dtype)
+
+    def update(w):
+        for i in range(N):
+            im = i - 1 if i > 0 else N - 1
+            ip = i + 1 if i < N - 1 else 0
+            for j in range(N):
+                jm = j - 1 if j > 0 else N - 1
+                jp = j + 1 if j < N - 1 else 0
+                U, V = w[0, i, j], w[1, i, j]
+                lapU = w[0, im, j] + w[0, ip, j] + w[0, i, jm] + w[0, i, jp] - 4 * U
+                lapV = w[1, im, j] + w[1, ip, j] + w[1, i, jm] + w[1, i, jp] - 4 * V
+                U2V = U * U * V
+                F[0, i, j] = U - u[0, i, j] - dt * (B + U2V - (A + 1) * U + force * disc[i, j]) - c * lapU
+                F[1, i, j] = V - u[1, i, j] - dt * (A * U - U2V) - c * lapV
+                k, gain = i * N + j, 2 * U * V - A
+                J[k, k] = 1 + 4 * c - dt * (gain - 1)
+                J[k, n + k] = -dt * U * U
+                J[n + k, k] = dt * gain
+                J[n + k, n + k] = 1 + 4 * c + dt * U * U
+                for near in (im * N + j, ip * N + j, i * N + jm, i * N + jp):
+                    J[k, near] = J[n + k, n + near] = -c
+        return np.linalg.solve(J, F.ravel()).reshape(F.shape)
+
+    loss = 0.0
+    for step in range(saves * every + 1):
+        if step > 0:
+            force = FORCING if step >= first else 0.0
+            u = newton(update, u)
+        if step % every == 0:
+            for s in range(2):
+                for i in range(N):
+                    for j in range(N):
+                        loss += (1 - u[s, i, j]) ** 2 / 2
+    return loss
+
+
 TASKS = {
     "rhs": Task(
         size=Rhs,
@@ -315,5 +505,16 @@ TASKS = {
         lower={"N": 3},
         check=imex_check,
         sweep=({"N": 4}, {"N": 6}, {"N": 16}, {"N": 128}),
+    ),
+    "implicit": Task(
+        size=Implicit,
+        sizes={"tiny": Implicit(4, T=1.2, dt=0.1), "small": Implicit(8), "large": Implicit(16)},
+        inputs=imex_inputs,
+        forms={"array": implicit, "inplace": implicit_inplace, "loops": implicit_loops},
+        gate=1e-8,
+        gate32=1e-4,
+        lower={"N": 3},
+        check=imex_check,
+        sweep=({"N": 6}, {"N": 12}, {"N": 24}, {"N": 32}),
     ),
 }

@@ -1,9 +1,10 @@
 """The Brusselator in Autograd: whole arrays on the tape."""
 
 import autograd.numpy as np
+from autograd.tracer import getval
 
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues, fourier
+from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, diverged, eigenvalues, fourier, lap_matrix
 
 
 def lap(u, N):
@@ -48,7 +49,50 @@ def imex(theta, data, size):
     return loss
 
 
+def newton(F, J, w):
+    """Until it stands, and once more, in which the derivative of the iteration converges."""
+    tolerance, last = np.sqrt(np.finfo(w.dtype).eps), False
+    for _ in range(MOST_NEWTON):
+        dw = np.linalg.solve(J(w), F(w))
+        w = w - dw
+        if last:
+            return w
+        last = np.max(np.abs(getval(dw))) <= tolerance
+    raise diverged()
+
+
+def implicit(theta, data, size):
+    """The state is a vector, U before V."""
+    u, A, B, alpha, dt, N = np.ravel(theta["u0"]), theta["A"], theta["B"], theta["alpha"], size.dt, size.N
+    saves, every, first = clock(size)
+    L = lap_matrix(N).toarray().astype(u.dtype)
+    M, push = np.eye(len(L), dtype=u.dtype) - dt * alpha * L, np.ravel(FORCING * data["disc"])
+
+    def J(w):
+        U, V = np.split(w, 2)
+        gain, U2 = 2 * U * V - A, U * U
+        rows = (np.diag(gain - 1), np.diag(U2)), (np.diag(-gain), np.diag(-U2))
+        return M - dt * np.concatenate([np.concatenate(row, 1) for row in rows])
+
+    loss = misfit(*np.split(u, 2))
+    for n in range(1, saves * every + 1):
+
+        def F(w, u=u, n=n):
+            U, V = np.split(w, 2)
+            flow = A * U - U * U * V
+            source = B - U - flow
+            if n >= first:
+                source = source + push
+            return np.dot(M, w) - u - dt * np.concatenate([source, flow])
+
+        u = newton(F, J, u)
+        if n % every == 0:
+            loss = loss + misfit(*np.split(u, 2))
+    return loss
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs)},
     "imex": {"array": Implementation(imex)},
+    "implicit": {"array": Implementation(implicit)},
 }

@@ -7,7 +7,9 @@ import casadi as ca
 import numpy as np
 
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues, fourier
+from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, eigenvalues, fourier
+
+UNROLLED = 6  # Newton iterations where each is differentiated: as many in every step, one more than they need
 
 
 def second_difference(N):
@@ -68,7 +70,61 @@ def imex_flat(theta, data, size):
     return imex(theta, data, size, base=-1)
 
 
+def residual(size):
+    """Of a step of backward Euler, scalar by scalar (SX), so that its Jacobian is sparse: the unknowns, the rest, F."""
+    N, dt, D = size.N, size.dt, second_difference(size.N)
+    x, u, push = ca.SX.sym("x", 2 * N * N), ca.SX.sym("u", N, 2 * N), ca.SX.sym("push", N, N)
+    A, B, alpha = ca.SX.sym("A"), ca.SX.sym("B"), ca.SX.sym("alpha")
+    U, V = ca.horzsplit(ca.reshape(x, N, 2 * N), N)
+    flow = A * U - U * U * V
+    dU = B - U - flow + push + alpha * (ca.mtimes(D, U) + ca.mtimes(U, D))
+    dV = flow + alpha * (ca.mtimes(D, V) + ca.mtimes(V, D))
+    return x, [u, push, A, B, alpha], x - ca.vec(u + dt * ca.horzcat(dU, dV))
+
+
+def unrolled(x, p, F):
+    """The root as Newton's iteration itself, NaN where it does not stand."""
+    system = ca.Function("system", [x, *p], [F, ca.jacobian(F, x)])
+
+    def root(w, *p):
+        dw = 0
+        for _ in range(UNROLLED):
+            F, J = system(w, *p)
+            dw = ca.solve(J, F, "qr")
+            w = w - dw
+        return w + ca.if_else(ca.norm_inf(dw) <= 1e-8, 0, np.nan)
+
+    return root
+
+
+def rootfinder(x, p, F):
+    """CasADi's own Newton, which it differentiates by the implicit function theorem."""
+    options = {"linear_solver": "qr", "max_iter": MOST_NEWTON}
+    find = ca.rootfinder("find", "newton", {"x": x, "p": ca.vertcat(*map(ca.vec, p)), "g": F}, options)
+    return lambda w, *p: find(w, ca.vertcat(*map(ca.vec, p)))
+
+
+def implicit(theta, data, size, root=unrolled):
+    u0, N = theta["u0"], size.N
+    saves, every, first = clock(size)
+    steps = saves * every
+    x, p, F = residual(size)
+    inputs = [ca.MX.sym("p", *each.shape) for each in p]
+    w = root(x, p, F)(ca.vec(inputs[0]), *inputs)
+    step = ca.Function("step", inputs, [ca.reshape(w, N, 2 * N)])
+    forced = ca.DM(FORCING * (np.arange(1, steps + 1)[None] >= first))
+    parameters = (ca.repmat(theta[name], 1, steps) for name in ("A", "B", "alpha"))
+    u = step.mapaccum(steps, {"base": -1})(u0, ca.kron(forced, data["disc"]), *parameters)  # (N, 2 N steps)
+    saved = ca.horzcat(u0, *ca.horzsplit(u, 2 * N)[every - 1 :: every])
+    return ca.sumsqr(1 - saved) / 2
+
+
+def implicit_root(theta, data, size):
+    return implicit(theta, data, size, rootfinder)
+
+
 IMPLEMENTATION = {
     "rhs": {"mx": Implementation(rhs)},
     "imex": {"mx": Implementation(imex, strategies={"tape": imex_flat})},
+    "implicit": {"mx": Implementation(implicit, strategies={"implicit": implicit_root})},
 }

@@ -6,7 +6,9 @@ import numpy as np
 from jax import lax
 
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues
+from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, eigenvalues, lap_matrix
+
+UNROLLED = 8  # Newton iterations at most where each is differentiated: what they need is kept for as many
 
 
 def lap(u, N):
@@ -103,7 +105,79 @@ def imex_rule(theta, data, size):
     return imex(theta, data, size, diffuse=diffuse_rule)
 
 
+def update(F, J, w):
+    return jnp.linalg.solve(J(w), F(w).ravel()).reshape(w.shape)
+
+
+def small(dw):
+    return jnp.max(jnp.abs(dw)) <= jnp.sqrt(jnp.finfo(dw.dtype).eps)
+
+
+def unrolled(F, J, w):
+    """Newton's iteration itself, until it stands, and once more; of fixed length, because reverse mode needs one."""
+
+    def iterate(carry, _):
+        def once(carry):
+            w, last, _ = carry
+            dw = update(F, J, w)
+            return w - dw, small(dw), last
+
+        return lax.cond(carry[2], lambda carry: carry, once, carry), None
+
+    (w, _, done), _ = lax.scan(iterate, (w, False, False), length=UNROLLED)
+    return jnp.where(done, w, jnp.nan)
+
+
+def root(F, J, w):
+    """The same root, differentiated by the implicit function theorem: nothing of the iteration is kept."""
+
+    def solve(F, w):
+        def iterate(carry):
+            w, _, k = carry
+            dw = update(F, J, w)
+            return w - dw, small(dw), k + 1
+
+        w, done, _ = lax.while_loop(lambda c: ~c[1] & (c[2] < MOST_NEWTON), iterate, (w, False, 0))
+        return jnp.where(done, w, jnp.nan)
+
+    def tangent_solve(g, y):
+        return jnp.linalg.solve(jax.jacfwd(g)(y).reshape(y.size, y.size), y.ravel()).reshape(y.shape)
+
+    return lax.custom_root(F, w, solve, tangent_solve)
+
+
+def implicit(theta, data, size, solve=unrolled):
+    u0, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
+    saves, every, first = clock(size)
+    L = lap_matrix(size.N).toarray().astype(u0.dtype)
+
+    def step(u, force):
+        def F(w):
+            return w - u - dt * (reaction(w, A, B, force * data["disc"]) + alpha * lap(w, size.N))
+
+        def J(w):
+            U, V = w.reshape(2, -1)
+            gain, U2 = 2 * U * V - A, U * U
+            R = jnp.block([[jnp.diag(gain - 1), jnp.diag(U2)], [jnp.diag(-gain), jnp.diag(-U2)]])
+            return jnp.eye(len(L), dtype=L.dtype) - dt * (alpha * L + R)
+
+        return solve(F, J, u), None
+
+    def interval(u, forces):
+        u, _ = lax.scan(step, u, forces)
+        return u, jnp.sum((1 - u) ** 2) / 2
+
+    forces = FORCING * (np.arange(1, saves * every + 1) >= first).astype(u0.dtype)
+    _, losses = lax.scan(interval, u0, forces.reshape(saves, every))
+    return jnp.sum((1 - u0) ** 2) / 2 + jnp.sum(losses)
+
+
+def implicit_root(theta, data, size):
+    return implicit(theta, data, size, root)
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "loops": Implementation(rhs_loops)},
     "imex": {"array": Implementation(imex, strategies={"checkpoint": imex_checkpoint, "custom_rule": imex_rule})},
+    "implicit": {"array": Implementation(implicit, strategies={"implicit": implicit_root})},
 }

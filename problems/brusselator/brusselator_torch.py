@@ -4,7 +4,7 @@ import torch
 
 from backends.torch_backend import checkpointed, compiled
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues
+from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, diverged, eigenvalues, lap_matrix
 
 
 def lap(u, N):
@@ -66,7 +66,7 @@ def explicit(U, V, A, B, dt, push):
     return U + dt * source, V + dt * flow
 
 
-def implicit(U, V, g):
+def diffuse(U, V, g):
     """Two real fields, one complex FFT: S is real, so S (U + i V) = S U + i S V; 1.2 times faster than rfft2, and than Q."""
     w = torch.fft.ifft2(g * torch.fft.fft2(torch.complex(U, V)))
     return w.real, w.imag
@@ -107,7 +107,7 @@ def imex(theta, data, size, keep=lambda interval: interval, explicit=explicit, i
     @keep
     def interval(U, V, steps):
         for n in steps:
-            U, V = implicit(*explicit(U, V, A, B, dt, push if n >= first else None), g)
+            U, V = diffuse(*explicit(U, V, A, B, dt, push if n >= first else None), g)
         return U, V, misfit(U) + misfit(V)
 
     loss = misfit(u)
@@ -146,7 +146,7 @@ def explicit_inplace(u, A, B, dt, push):
     return r
 
 
-def implicit_inplace(r, g):
+def diffuse_inplace(r, g):
     waves = torch.fft.rfft2(r)
     waves *= g
     return torch.fft.irfft2(waves, r.shape[-2:])
@@ -162,7 +162,7 @@ def imex_inplace(theta, data, size, keep=lambda interval: interval, explicit=exp
     @keep
     def interval(u, steps):
         for n in steps:
-            u = implicit_inplace(explicit(u, A, B, dt, push if n >= first else None), g)
+            u = diffuse_inplace(explicit(u, A, B, dt, push if n >= first else None), g)
         return u, misfit(u)
 
     loss = misfit(u)
@@ -180,6 +180,65 @@ def imex_inplace_compile(theta, data, size):
     return imex_inplace(theta, data, size, explicit=compiled(explicit_inplace))
 
 
+def residual(w, u, A, B, alpha, push, dt):
+    return w - u - dt * (reaction(w, A, B, push) + alpha * lap(w, w.shape[-1]))
+
+
+def jacobian(w, A, alpha, dt, L):
+    U, V = w.reshape(2, -1)
+    gain, U2 = 2 * U * V - A, U * U
+    one, blocks = torch.ones_like(gain), ((gain - 1, U2), (-gain, -U2))
+    R = torch.cat([torch.cat([torch.diag(block) for block in row], 1) for row in blocks])
+    return torch.diag(torch.cat([one, one])) - dt * (alpha * L + R)
+
+
+def solve(J, F):
+    return torch.linalg.solve(J, F.ravel()).view_as(F)
+
+
+def newton(F, J, w, more=1):
+    """Until it stands, and once more, in which the derivative of the iteration converges."""
+    tolerance, stood = torch.finfo(w.dtype).eps ** 0.5, 0
+    for _ in range(MOST_NEWTON):
+        dw = solve(J(w), F(w))
+        w = w - dw
+        stood += bool(dw.detach().abs().max() <= tolerance)
+        if stood > more:
+            return w
+    raise diverged()
+
+
+def root(F, J, w):
+    """The implicit function theorem: at the root, held fixed, one Newton step with a fixed J has the root's derivative."""
+    with torch.no_grad():
+        w = newton(F, J, w, more=0)
+        J = J(w)
+    return w - solve(J, F(w))
+
+
+def implicit(theta, data, size, newton=newton, residual=residual, jacobian=jacobian):
+    u, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
+    saves, every, first = clock(size)
+    L = torch.as_tensor(lap_matrix(size.N).toarray(), dtype=u.dtype, device=u.device)
+    push = FORCING * data["disc"]
+    zero, loss = torch.zeros_like(push), misfit(u)
+    for n in range(1, saves * every + 1):
+        old, force = u, push if n >= first else zero
+        u = newton(lambda w: residual(w, old, A, B, alpha, force, dt), lambda w: jacobian(w, A, alpha, dt, L), u)
+        if n % every == 0:
+            loss = loss + misfit(u)
+    return loss
+
+
+def implicit_root(theta, data, size):
+    return implicit(theta, data, size, root)
+
+
+def implicit_compile(theta, data, size):
+    """What is not LAPACK's, compiled."""
+    return implicit(theta, data, size, residual=compiled(residual), jacobian=compiled(jacobian))
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
     "imex": {
@@ -189,5 +248,8 @@ IMPLEMENTATION = {
         "inplace": Implementation(
             imex_inplace, strategies={"checkpoint": imex_inplace_checkpoint, "compile": imex_inplace_compile}
         ),
+    },
+    "implicit": {
+        "array": Implementation(implicit, strategies={"implicit": implicit_root, "compile": implicit_compile}),
     },
 }
