@@ -199,10 +199,11 @@ def solve_rule(Kx, Ky, b, factorise, back):
     return x(Kx, Ky, b)
 
 
-def semi_implicit(theta, data, size, work, solve=solve):
+def semi_implicit(theta, data, size, work, solve=solve, remat=lambda f: f):
     B, H0, A = data["B"], theta["H0"], size.A * jnp.exp(theta["lnA"])
     factorise, back = on_host(work, size.nst + 1)
 
+    @remat
     def step_once(H, _):
         Kx, Ky = conductance(H, B, A, BOX / size.N, YEARS / size.nst)
         H = H + pad(solve(Kx, Ky, flow(Kx, Ky, B + H), factorise, back))
@@ -210,6 +211,11 @@ def semi_implicit(theta, data, size, work, solve=solve):
 
     H, _ = jax.lax.scan(step_once, jnp.where(H0 > 0, H0, 0), length=size.nst)
     return jnp.mean((H - H0) ** 2)
+
+
+def semi_implicit_checkpoint(theta, data, size, work):
+    """Keeps the state of every step; factors too are computed again."""
+    return semi_implicit(theta, data, size, work, remat=jax.checkpoint)
 
 
 def semi_implicit_rule(theta, data, size, work):
@@ -230,7 +236,10 @@ IMPLEMENTATION = {
     "ude": {"array": Implementation(ude, strategies={"checkpoint": ude_checkpoint})},
     "semi_implicit": {
         "array": Implementation(
-            semi_implicit, semi_implicit_prepare, semi_implicit_stats, {"custom_rule": semi_implicit_rule}
+            semi_implicit,
+            semi_implicit_prepare,
+            semi_implicit_stats,
+            strategies={"checkpoint": semi_implicit_checkpoint, "custom_rule": semi_implicit_rule},
         ),
     },
 }
