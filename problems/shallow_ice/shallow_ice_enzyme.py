@@ -75,5 +75,5 @@ def semi_implicit(theta, data, size, work):
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs)},
     "ude": {"loops": Implementation(ude)},
-    "semi_implicit": {"loops": Implementation(semi_implicit, semi_implicit_prepare, semi_implicit_stats)},
+    "semi_implicit": {"loops": Implementation(semi_implicit, semi_implicit_prepare, stats=semi_implicit_stats)},
 }

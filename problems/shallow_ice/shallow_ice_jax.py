@@ -238,7 +238,7 @@ IMPLEMENTATION = {
         "array": Implementation(
             semi_implicit,
             semi_implicit_prepare,
-            semi_implicit_stats,
+            stats=semi_implicit_stats,
             strategies={"checkpoint": semi_implicit_checkpoint, "custom_rule": semi_implicit_rule},
         ),
     },

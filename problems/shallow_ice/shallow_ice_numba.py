@@ -658,7 +658,10 @@ IMPLEMENTATION = {
     "ude": {"loops": Implementation(ude, ude_prepare, strategies={"adjoint": ude_adjoint})},
     "semi_implicit": {
         "loops": Implementation(
-            semi_implicit, semi_implicit_prepare, semi_implicit_stats, {"adjoint": semi_implicit_adjoint}
+            semi_implicit,
+            semi_implicit_prepare,
+            stats=semi_implicit_stats,
+            strategies={"adjoint": semi_implicit_adjoint},
         ),
     },
 }
