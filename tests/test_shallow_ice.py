@@ -12,7 +12,7 @@ SIZES = [
     ("rhs", {"N": 7, "A": 8e-17}),
     ("ude", {"N": 16, "years": 2}),
     ("ude", {"N": 7, "years": 2, "spy": 3}),
-    ("semi_implicit", {"N": 16, "nst": 10}),
+    ("semi_implicit", {"N": 12, "nst": 5}),
     ("semi_implicit", {"N": 7, "nst": 3, "A": 9e-17}),
     ("semi_implicit", {"N": 4, "nst": 2}),
 ]

@@ -568,7 +568,7 @@ TASKS = {
     ),
     "semi_implicit": Task(
         size=SemiImplicit,
-        sizes={"tiny": SemiImplicit(16, 10), "small": SemiImplicit(32, 20), "large": SemiImplicit(64, 40)},
+        sizes={"tiny": SemiImplicit(12, 5), "small": SemiImplicit(32, 20), "large": SemiImplicit(64, 40)},
         inputs=semi_implicit_inputs,
         forms={"array": semi_implicit, "inplace": semi_implicit_inplace, "loops": semi_implicit_loops},
         gate=1e-8,
