@@ -25,6 +25,7 @@ ODD = {
     "neural_ode.rk4": ("H=13,m=3,b=3", "H=6,b=2"),
     "shallow_ice.rhs": ("N=11", "N=20,A=1e-17"),
     "shallow_ice.ude": ("N=12,years=2,spy=3", "N=17,years=1"),
+    "shallow_ice.semi_implicit": ("N=11,nst=4", "N=17,nst=7,A=9e-17"),
     "sparse_loss.fem_matvec": ("m=7,q=3", "m=10,q=5"),
     "sparse_loss.fem_solve": ("m=7,q=3", "m=10,q=5"),
 }

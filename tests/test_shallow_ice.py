@@ -12,6 +12,9 @@ SIZES = [
     ("rhs", {"N": 7, "A": 8e-17}),
     ("ude", {"N": 16, "years": 2}),
     ("ude", {"N": 7, "years": 2, "spy": 3}),
+    ("semi_implicit", {"N": 12, "nst": 5}),
+    ("semi_implicit", {"N": 7, "nst": 3, "A": 9e-17}),
+    ("semi_implicit", {"N": 4, "nst": 2}),
 ]
 
 
@@ -79,6 +82,15 @@ def test_scalar_version_has_the_printed_values():
     assert np.linalg.norm(w.L[3]) / 32**2 == pytest.approx(0.0458242520425, rel=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("nst", "printed", "slope"), [(20, 1.732025046341, 2.95241034555), (60, 1.728615907864, 2.94387026158)]
+)
+def test_semi_implicit_has_the_printed_values(nst, printed, slope):
+    primal, loss, gradient = run("semi_implicit", *setup("semi_implicit", N=32, nst=nst))
+    assert [primal, loss] == pytest.approx([printed] * 2, rel=1e-12)
+    assert gradient["lnA"] == pytest.approx(slope, rel=1e-11)
+
+
 def test_reference_at_64():
     size, _, data = setup("ude", N=64)
     assert data["Href"][-1, 0].max() == pytest.approx(184.928385993, rel=1e-11)
@@ -128,6 +140,41 @@ def test_adjoint_on_rough_ice_that_reaches_the_boundary():
     assert error(gradient["H"], reference["H"]) < 1e-13
     assert gradient["lnA"] == pytest.approx(reference["lnA"], rel=1e-12)
     assert np.all(gradient["H"][theta["H"] <= 0] == 0)
+
+
+@pytest.mark.parametrize("thickness", [10.0, -30.0])
+def test_semi_implicit_adjoint_on_rough_ice(thickness):
+    """On the boundary too, with holes; or nowhere."""
+    size, theta, data = setup("semi_implicit", N=11, nst=4)
+    theta["H0"] = 40 * gold(121, 5).reshape(11, 11) + thickness
+    data["B"] = data["B"] + 60 * gold(121, 9).reshape(11, 11)
+    reference = complex_step("semi_implicit", size, theta, data)
+    _, _, gradient = run("semi_implicit", size, theta, data)
+    assert error(gradient["H0"], reference["H0"]) < 1e-13
+    assert gradient["lnA"] == pytest.approx(reference["lnA"], rel=1e-12)
+
+
+def test_implicit_steps_end_where_small_explicit_steps_do():
+    """H after 5 years, where no cap binds: the change by the implicit scheme tends to that of the explicit one."""
+    B, H0 = shallow_ice.valley(32)
+    explicit = shallow_ice.snapshots_inplace(np.array([4e-17]), B, H0, TASKS["ude"].at(N=32))[-1, 0]
+    thick = H0 > 100
+    for nst, limit in (20, 2e-2), (160, 4e-3):
+        H, dx, dt = H0, BOX / 32, shallow_ice.YEARS / nst
+        for _ in range(nst):
+            Kx, Ky = shallow_ice.conductance(H, B, 4e-17, dx, dt)
+            H = np.maximum(H + shallow_ice.pad(shallow_ice.solve(Kx, Ky, shallow_ice.flow(Kx, Ky, B + H))), 0)
+        assert error((H - H0)[thick], (explicit - H0)[thick]) < limit
+
+
+def test_the_banded_solve_is_the_sparse_one():
+    B, H0 = shallow_ice.valley(13)
+    b = gold(2 * 121).reshape(2, 11, 11)
+    for H in H0, np.zeros_like(H0), 50 + H0:
+        Kx, Ky = shallow_ice.conductance(H, B, 4e-17, BOX / 13, 1.0)
+        x = shallow_ice.substitute(shallow_ice.cholesky(Kx, Ky), b)
+        for k in range(2):
+            assert x[k] == pytest.approx(shallow_ice.solve(Kx, Ky, b[k]), rel=1e-12, abs=1e-14)
 
 
 def test_ice_is_conserved_and_flows_downhill():

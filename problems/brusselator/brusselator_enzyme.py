@@ -8,7 +8,7 @@ from numba import njit
 
 from backends.enzyme_backend import differentiable, scratch
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues
+from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues, fourier
 from problems.brusselator.brusselator_numba import imex_basis, imex_kernel, rhs_kernel
 
 

@@ -72,7 +72,7 @@ def diffuse(U, V, g):
     return w.real, w.imag
 
 
-class Implicit(torch.autograd.Function):
+class Diffuse(torch.autograd.Function):
     """The same with a rule of its own: S is symmetric, so it is its own adjoint; all that is stored of a step are its waves."""
 
     @staticmethod
@@ -94,11 +94,11 @@ class Implicit(torch.autograd.Function):
         return r.real, r.imag, (y.real * waves.real + y.imag * waves.imag) / g.numel()
 
 
-def implicit_rule(U, V, g):
-    return Implicit.apply(U, V, g)[:2]
+def diffuse_rule(U, V, g):
+    return Diffuse.apply(U, V, g)[:2]
 
 
-def imex(theta, data, size, keep=lambda interval: interval, explicit=explicit, implicit=implicit):
+def imex(theta, data, size, keep=lambda interval: interval, explicit=explicit, diffuse=diffuse):
     u, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     g = solver(alpha, size, u)
@@ -130,7 +130,7 @@ def imex_compile(theta, data, size):
 
 def imex_rule(theta, data, size):
     """A Function in Python costs more than it saves, 1.1 to 1.3 times the time (N = 64 to 8)."""
-    return imex(theta, data, size, implicit=implicit_rule)
+    return imex(theta, data, size, diffuse=diffuse_rule)
 
 
 def explicit_inplace(u, A, B, dt, push):

@@ -18,16 +18,28 @@ Tasks
     rhs    H_t at H0 with A = A0 exp(lnA), loss = <v, H_t> with v = gold(N^2): one vjp of the right-hand side.
     ude    the network's 83 weights from 9 temperatures: yearly snapshots of 9 glaciers against those of
            A_fake = A_MIN + (A_MAX - A_MIN) ((T + 25) / 26)^2, mean square difference.
+    semi_implicit
+           H0 and the fluidity A = A0 exp(lnA) of one glacier, by the mean of (H - H0)^2 after 5 years in nst steps. D is
+           that of the step's start, and no slope is capped:
+
+               (I - dt div(D grad)) S' = S inside, S' = S on the boundary, H' = max(S' - B, 0)
+
+           It is solved for S' - S: the same, but on the boundary it is 0, so that the matrix is symmetric, and its
+           rounding is that of a change of some metres, not of a surface 3 km high.
 
 What they ask of AD: the thread's hard example, where its two worlds meet. Scratch buffers and interior slices written
 in place, branches on the data and fifth powers (D spans eleven decades, A is 1e-17) in one function with a network, and
-a long loop whose every stage the reverse pass wants again.
+a long loop whose every stage the reverse pass wants again. The semi-implicit step adds linear algebra: it assembles a
+matrix and factorises it, every time. The adjoint of its solve is one more solve with the same factors.
 """
 
-from math import ceil
+from math import ceil, isqrt
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import LinAlgError, get_lapack_funcs
+from scipy.sparse import dia_array
+from scipy.sparse.linalg import splu
 
 from problems import Task, gold
 
@@ -37,6 +49,7 @@ EPS = 1e-10  # keeps |grad S|^2 off 0
 A_MIN, A_MAX = 8.5e-20, 8e-17  # 1 / (yr Pa^3)
 TEMPERATURES = (0.0, -2.0, -3.0, -5.0, -10.0, -12.0, -14.0, -15.0, -20.0)  # degrees Celsius
 LAYERS = (1, 3, 10, 3, 1)
+YEARS = 5  # of the semi-implicit task
 
 
 class Rhs(NamedTuple):
@@ -48,6 +61,12 @@ class Ude(NamedTuple):
     N: int
     years: int = 5
     spy: int = 0  # steps a year; 0: ceil(12 (N / 32)^2)
+
+
+class SemiImplicit(NamedTuple):
+    N: int
+    nst: int  # steps in all
+    A: float = 4e-17
 
 
 def steps_a_year(size):
@@ -86,6 +105,44 @@ def ude_inputs(size):
     return weights(), {"B": B, "H0": H0, "Href": Href, "T": T}
 
 
+def semi_implicit_inputs(size):
+    B, H0 = valley(size.N)
+    return {"lnA": np.array(0.0), "H0": H0}, {"B": B}
+
+
+# The semi-implicit step's linear solve, for implementations: Kx (N-1, N-2) and Ky (N-2, N-1) are dt D / dx^2 on edges
+
+
+def cholesky(Kx, Ky):
+    """Banded Cholesky factor of I - flow(Kx, Ky, .) (LAPACK's pbtrf, upper, in C order), and its box of inner nodes: one
+    around the ice, for outside nothing flows, and the matrix is I."""
+    flows = Kx[1:] + Kx[:-1] + Ky[:, 1:] + Ky[:, :-1]
+    box = extent(flows.any(1)), extent(flows.any(0))
+    rows, columns = (s.stop - s.start for s in box)
+    U = np.zeros((rows, columns, columns + 1), Kx.dtype)
+    U[:, :, columns] = 1 + flows[box]
+    U[:, 1:, columns - 1] = -Ky[box][:, 1:]
+    U[1:, :, 0] = -Kx[box][1:]
+    U, info = get_lapack_funcs("pbtrf", (U,))(U.reshape(-1, columns + 1).T, overwrite_ab=True)
+    if info:
+        raise LinAlgError("the matrix is not positive definite")
+    return U.T, box
+
+
+def extent(some):
+    """From the first to the last that is true, or all."""
+    return slice(int(some.argmax()), len(some) - int(some[::-1].argmax()))
+
+
+def substitute(factor, b):
+    """The solution for one right-hand side, or for many at once, (..., N-2, N-2)."""
+    U, (rows, columns) = factor
+    x, inside = b.copy(), b[..., rows, columns]
+    solution, _ = get_lapack_funcs("pbtrs", (U,))(U.T, inside.reshape(-1, len(U)).T)
+    x[..., rows, columns] = solution.T.reshape(inside.shape)
+    return x
+
+
 # array: whole arrays, functional; leading axes are a batch
 
 
@@ -109,14 +166,19 @@ def cap(e, lo, hi):
     return np.where(e.real < lo.real, lo, np.where(e.real > hi.real, hi, e))
 
 
+def diffusivity(Hc, dSx, dSy, A):
+    """D on corners, (N-1, N-1)."""
+    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))
+    Hb2 = Hb * Hb
+    return (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+
+
 def sia(H, B, A, dx):
     """H_t of the shallow ice approximation, (..., N, N); A is a number or (..., 1, 1)."""
     Hc = np.where(H.real > 0, H, 0)
     S = B + Hc
     dSx, dSy = diff_x(S) / dx, diff_y(S) / dx  # (N-1, N), (N, N-1): edges
-    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))  # (N-1, N-1): corners
-    Hb2 = Hb * Hb
-    D = (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+    D = diffusivity(Hc, dSx, dSy, A)
     cx, cy = Hc[..., 1:-1] / dx, Hc[..., 1:-1, :] / dx
     ex = cap(dSx[..., 1:-1], -cx[..., :-1, :], cx[..., 1:, :])  # (N-1, N-2)
     ey = cap(dSy[..., 1:-1, :], -cy[..., :-1], cy[..., 1:])  # (N-2, N-1)
@@ -167,6 +229,45 @@ def ude(theta, data, size):
     return loss / Href.size
 
 
+def conductance(H, B, A, dx, dt):
+    """dt D / dx^2 on edges, (N-1, N-2) and (N-2, N-1)."""
+    S = B + H
+    D = dt / dx**2 * diffusivity(H, diff_x(S) / dx, diff_y(S) / dx, A)
+    return avg_y(D), avg_x(D)
+
+
+def flow(Kx, Ky, S):
+    """dt div(D grad S) inside, (N-2, N-2)."""
+    return diff_x(Kx * diff_x(S[..., 1:-1])) + diff_y(Ky * diff_y(S[..., 1:-1, :]))
+
+
+def solve(Kx, Ky, b):
+    """x inside from x - flow(x) = b, x = 0 on the boundary: five diagonals, by columns, and a sparse LU."""
+    Kx_up, Kx_down, Ky_up, Ky_down = Kx[:-1], Kx[1:], Ky[:, :-1].copy(), Ky[:, 1:].copy()
+    main = 1 + Kx_up + Kx_down + Ky_up + Ky_down
+    Ky_up[:, 0] = Ky_down[:, -1] = 0  # a row ends, and another begins
+    diagonals = np.stack([main, -Ky_up, -Ky_down, -Kx_up, -Kx_down]).reshape(5, -1)
+    return factorise(diagonals).solve(b.ravel()).reshape(b.shape)
+
+
+def factorise(diagonals):
+    """Sparse LU; dia_array drops the zeros, where no ice is. It may be complex (symmetric) under complex step."""
+    n = diagonals.shape[1]
+    M = dia_array((diagonals, [0, 1, -1, isqrt(n), -isqrt(n)]), (n, n)).tocsc()
+    options = {"SymmetricMode": True, "Equil": False}
+    return splu(M, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+
+
+def semi_implicit(theta, data, size):
+    B, H0, A = data["B"], theta["H0"], size.A * np.exp(theta["lnA"])
+    H = np.where(H0.real > 0, H0, 0)
+    for _ in range(size.nst):
+        Kx, Ky = conductance(H, B, A, BOX / size.N, YEARS / size.nst)
+        H = H + pad(solve(Kx, Ky, flow(Kx, Ky, B + H)))
+        H = np.where(H.real > 0, H, 0)
+    return np.mean((H - H0) ** 2)
+
+
 # inplace: slices and buffers mutated
 
 
@@ -187,8 +288,8 @@ def cap_inplace(e, lo, hi):
     np.copyto(e, hi, where=e.real > hi.real)
 
 
-def sia_inplace(w, H, B, A, dx):
-    """w.dH = H_t."""
+def diffusivity_inplace(w, H, B, A, dx):
+    """w.D, on the way w.Hc and the slopes w.dSx, w.dSy."""
     w.Hc[:] = 0
     np.copyto(w.Hc, H, where=H.real > 0)
     np.add(B, w.Hc, out=w.S)
@@ -213,6 +314,11 @@ def sia_inplace(w, H, B, A, dx):
     w.D *= w.Hb
     w.D *= 0.4 * RHO_G**3 * A
     w.D *= w.gx
+
+
+def sia_inplace(w, H, B, A, dx):
+    """w.dH = H_t."""
+    diffusivity_inplace(w, H, B, A, dx)
     w.Hc /= dx
     ex, ey = w.dSx[:, 1:-1], w.dSy[1:-1]
     cap_inplace(ex, -w.Hc[:-1, 1:-1], w.Hc[1:, 1:-1])
@@ -273,6 +379,44 @@ def ude_inplace(theta, data, size):
     return H.sum() / H.size
 
 
+def system_inplace(w, diagonals, H, B, A, dx, dt):
+    """The matrix of a step into its diagonals (5, N-2, N-2), the right-hand side into w.dH."""
+    diffusivity_inplace(w, H, B, A, dx)
+    w.D *= 0.5 * dt / dx**2
+    Kx, Ky, dH = w.Fx, w.Fy, w.dH[1:-1, 1:-1]
+    np.add(w.D[:, 1:], w.D[:, :-1], out=Kx)
+    np.add(w.D[1:], w.D[:-1], out=Ky)
+    main, *others = diagonals
+    main[:] = 1
+    for off, K in zip(others, (Ky[:, :-1], Ky[:, 1:], Kx[:-1], Kx[1:]), strict=True):
+        main += K
+        np.negative(K, out=off)
+    others[0][:, 0] = 0
+    others[1][:, -1] = 0
+    Kx *= w.dSx[:, 1:-1]
+    Ky *= w.dSy[1:-1]
+    np.subtract(Kx[1:], Kx[:-1], out=dH)
+    dH += Ky[:, 1:]
+    dH -= Ky[:, :-1]
+    dH *= dx
+
+
+def semi_implicit_inplace(theta, data, size):
+    B, H0, A, N = data["B"], theta["H0"], size.A * np.exp(theta["lnA"]), size.N
+    w = Buffers(N, np.result_type(H0, A))
+    diagonals = np.empty((5, N - 2, N - 2), w.H.dtype)
+    H, inside = w.H, w.H[1:-1, 1:-1]
+    H[:] = H0
+    H[H.real <= 0] = 0
+    for _ in range(size.nst):
+        system_inplace(w, diagonals, H, B, A, BOX / N, YEARS / size.nst)
+        inside += factorise(diagonals.reshape(5, -1)).solve(w.dH[1:-1, 1:-1].ravel()).reshape(inside.shape)
+        H[H.real <= 0] = 0
+    H -= H0
+    H *= H
+    return H.sum() / H.size
+
+
 # loops: scalar loops, mutated
 
 
@@ -280,8 +424,8 @@ def capped(e, lo, hi):
     return lo if e.real < lo.real else hi if e.real > hi.real else e
 
 
-def sia_loops(dH, S, D, Fx, Fy, H, B, A, dx):
-    """dH = H_t inside; S (N,N), D (N-1,N-1), Fx (N-1,N), Fy (N,N-1) are scratch."""
+def diffusivity_loops(S, D, H, B, A, dx):
+    """D on corners, on the way S."""
     N = len(H)
     for i in range(N):
         for j in range(N):
@@ -295,6 +439,12 @@ def sia_loops(dH, S, D, Fx, Fy, H, B, A, dx):
                 if h.real > 0:
                     Hb += 0.25 * h
             D[i, j] = 0.4 * RHO_G**3 * A * (Hb * Hb * Hb * Hb * Hb) * (gx * gx + gy * gy + EPS)
+
+
+def sia_loops(dH, S, D, Fx, Fy, H, B, A, dx):
+    """dH = H_t inside; S (N,N), D (N-1,N-1), Fx (N-1,N), Fy (N,N-1) are scratch."""
+    N = len(H)
+    diffusivity_loops(S, D, H, B, A, dx)
     for i in range(N - 1):
         for j in range(1, N - 1):
             lo = -H[i, j] if H[i, j].real > 0 else 0.0
@@ -353,6 +503,49 @@ def ude_loops(theta, data, size):
     return loss / Href.size
 
 
+def system_loops(diagonals, b, S, D, H, B, A, dx, dt):
+    """The matrix of a step into its diagonals (5, N-2, N-2), the right-hand side into b (N-2, N-2)."""
+    N = len(H)
+    diffusivity_loops(S, D, H, B, A, dx)
+    for i in range(1, N - 1):
+        for j in range(1, N - 1):
+            west, east = D[i, j - 1] + D[i - 1, j - 1], D[i, j] + D[i - 1, j]
+            north, south = D[i - 1, j - 1] + D[i - 1, j], D[i, j - 1] + D[i, j]
+            k = dt / (2 * dx**2)
+            diagonals[0, i - 1, j - 1] = 1 + k * (north + south + west + east)
+            diagonals[1, i - 1, j - 1] = -k * west if j > 1 else 0
+            diagonals[2, i - 1, j - 1] = -k * east if j < N - 2 else 0
+            diagonals[3, i - 1, j - 1] = -k * north
+            diagonals[4, i - 1, j - 1] = -k * south
+            b[i - 1, j - 1] = k * (
+                south * (S[i + 1, j] - S[i, j])
+                - north * (S[i, j] - S[i - 1, j])
+                + east * (S[i, j + 1] - S[i, j])
+                - west * (S[i, j] - S[i, j - 1])
+            )
+
+
+def semi_implicit_loops(theta, data, size):
+    B, H0, A, N = data["B"], theta["H0"], size.A * np.exp(theta["lnA"]), size.N
+    H, S, D, _, _ = scratch(N, (H0 + A).dtype)
+    diagonals, b, loss = np.empty((5, N - 2, N - 2), H.dtype), np.empty((N - 2, N - 2), H.dtype), 0.0
+    for i in range(N):
+        for j in range(N):
+            H[i, j] = H0[i, j] if H0[i, j].real > 0 else 0
+    for _ in range(size.nst):
+        system_loops(diagonals, b, S, D, H, B, A, BOX / N, YEARS / size.nst)
+        x = factorise(diagonals.reshape(5, -1)).solve(b.ravel())
+        for i in range(1, N - 1):
+            for j in range(1, N - 1):
+                H[i, j] += x[(i - 1) * (N - 2) + j - 1]
+                if H[i, j].real <= 0:
+                    H[i, j] = 0
+    for i in range(N):
+        for j in range(N):
+            loss += (H[i, j] - H0[i, j]) ** 2
+    return loss / N**2
+
+
 TASKS = {
     "rhs": Task(
         size=Rhs,
@@ -372,5 +565,14 @@ TASKS = {
         gate=1e-8,
         gate32=8e-3,
         lower={"N": 4, "spy": 0},
+    ),
+    "semi_implicit": Task(
+        size=SemiImplicit,
+        sizes={"tiny": SemiImplicit(12, 5), "small": SemiImplicit(32, 20), "large": SemiImplicit(64, 40)},
+        inputs=semi_implicit_inputs,
+        forms={"array": semi_implicit, "inplace": semi_implicit_inplace, "loops": semi_implicit_loops},
+        gate=1e-8,
+        gate32=1e-2,
+        lower={"N": 4},
     ),
 }

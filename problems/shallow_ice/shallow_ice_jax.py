@@ -1,11 +1,16 @@
-"""The valley glacier in JAX: whole arrays, functional; the temperatures are a leading axis, time is a scan."""
+"""The valley glacier in JAX: whole arrays, functional; the temperatures are a leading axis, time is a scan.
+
+The semi-implicit step's solve is LAPACK's banded Cholesky on the host, with a rule over the solve alone: the jvp is one
+more solve with the same factor, lax.custom_linear_solve, which JAX transposes for reverse mode; the strategy custom_rule
+has the reverse rule itself, as one custom_vjp.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, steps_a_year
+from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, YEARS, cholesky, steps_a_year, substitute
 
 
 def avg_x(a):
@@ -28,13 +33,18 @@ def cap(e, lo, hi):
     return jnp.where(e < lo, lo, jnp.where(e > hi, hi, e))  # jnp.clip halves the derivative at a tie
 
 
+def diffusivity(Hc, dSx, dSy, A):
+    """D on corners, (N-1, N-1)."""
+    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))
+    return (0.4 * RHO_G**3) * A * Hb**5 * (gx * gx + gy * gy + EPS)
+
+
 def sia(H, B, A, dx):
     """H_t of the shallow ice approximation, (..., N, N); A is a number or (..., 1, 1)."""
     Hc = jnp.where(H > 0, H, 0)
     S = B + Hc
     dSx, dSy = diff_x(S) / dx, diff_y(S) / dx  # (N-1, N), (N, N-1): edges
-    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))  # (N-1, N-1): corners
-    D = (0.4 * RHO_G**3) * A * Hb**5 * (gx * gx + gy * gy + EPS)
+    D = diffusivity(Hc, dSx, dSy, A)
     cx, cy = Hc[..., 1:-1] / dx, Hc[..., 1:-1, :] / dx
     ex = cap(dSx[..., 1:-1], -cx[..., :-1, :], cx[..., 1:, :])  # (N-1, N-2)
     ey = cap(dSy[..., 1:-1, :], -cy[..., :-1], cy[..., 1:])  # (N-2, N-1)
@@ -114,7 +124,122 @@ def ude_checkpoint(theta, data, size):
     return ude(theta, data, size, remat=jax.checkpoint)
 
 
+def conductance(H, B, A, dx, dt):
+    """dt D / dx^2 on edges, (N-1, N-2) and (N-2, N-1)."""
+    S = B + H
+    D = dt / dx**2 * diffusivity(H, diff_x(S) / dx, diff_y(S) / dx, A)
+    return avg_y(D), avg_x(D)
+
+
+def flow(Kx, Ky, S):
+    """dt div(D grad S) inside, (N-2, N-2)."""
+    return diff_x(Kx * diff_x(S[..., 1:-1])) + diff_y(Ky * diff_y(S[..., 1:-1, :]))
+
+
+def on_host(factors, keep):
+    """factorise(Kx, Ky, b) -> (x, number of the factor), back(number, b). The factors stay on the host, the latest `keep`
+    of them, and their numbers go with x: as arrays they would be copied, and their shapes hang on where the ice is."""
+
+    def factorise(Kx, Ky, b):
+        key = max(factors, default=-1) + 1
+        factors[key] = factor = cholesky(np.asarray(Kx), np.asarray(Ky))
+        factors.pop(key - keep, None)
+        return substitute(factor, np.asarray(b)), np.int32(key)
+
+    def back(key, b):
+        return substitute(factors[np.asarray(key).item()], np.asarray(b))  # under vmap one factor, many b
+
+    return (
+        lambda Kx, Ky, b: jax.pure_callback(factorise, (b, jax.ShapeDtypeStruct((), jnp.int32)), Kx, Ky, b),
+        lambda key, b: jax.pure_callback(back, b, key, b, vmap_method="expand_dims"),
+    )
+
+
+def solve(Kx, Ky, b, factorise, back):
+    """x inside from x - flow(x) = b, x = 0 on the boundary."""
+
+    @jax.custom_jvp
+    def x(Kx, Ky, b):
+        return factorise(Kx, Ky, b)[0]
+
+    @x.defjvp
+    def x_jvp(primals, tangents):
+        (Kx, Ky, b), (dKx, dKy, db) = primals, tangents
+        x, key = factorise(Kx, Ky, b)
+        dx = jax.lax.custom_linear_solve(
+            lambda v: v - flow(Kx, Ky, pad(v)),
+            db + flow(dKx, dKy, pad(x)),
+            lambda _, b: back(key, b),
+            symmetric=True,
+        )
+        return x, dx
+
+    return x(Kx, Ky, b)
+
+
+def solve_rule(Kx, Ky, b, factorise, back):
+    """The same solve with its adjoint written out, where JAX transposes no jvp."""
+
+    @jax.custom_vjp
+    def x(Kx, Ky, b):
+        return factorise(Kx, Ky, b)[0]
+
+    def forward(Kx, Ky, b):
+        x, key = factorise(Kx, Ky, b)
+        return x, (x, key)
+
+    def backward(kept, xb):
+        x, key = kept
+        lam = back(key, xb)
+        x0, lam0 = pad(x), pad(lam)
+        Kxb = -diff_x(lam0[:, 1:-1]) * diff_x(x0[:, 1:-1])
+        return Kxb, -diff_y(lam0[1:-1]) * diff_y(x0[1:-1]), lam
+
+    x.defvjp(forward, backward)
+    return x(Kx, Ky, b)
+
+
+def semi_implicit(theta, data, size, work, solve=solve, remat=lambda f: f):
+    B, H0, A = data["B"], theta["H0"], size.A * jnp.exp(theta["lnA"])
+    factorise, back = on_host(work, size.nst + 1)
+
+    @remat
+    def step_once(H, _):
+        Kx, Ky = conductance(H, B, A, BOX / size.N, YEARS / size.nst)
+        H = H + pad(solve(Kx, Ky, flow(Kx, Ky, B + H), factorise, back))
+        return jnp.where(H > 0, H, 0), None
+
+    H, _ = jax.lax.scan(step_once, jnp.where(H0 > 0, H0, 0), length=size.nst)
+    return jnp.mean((H - H0) ** 2)
+
+
+def semi_implicit_checkpoint(theta, data, size, work):
+    """Keeps the state of every step; factors too are computed again."""
+    return semi_implicit(theta, data, size, work, remat=jax.checkpoint)
+
+
+def semi_implicit_rule(theta, data, size, work):
+    return semi_implicit(theta, data, size, work, solve_rule)
+
+
+def semi_implicit_prepare(structure, size):
+    return {}
+
+
+def semi_implicit_stats(theta, data, size):
+    """Of the gradient in reverse mode."""
+    return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst}
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "loops": Implementation(rhs_loops)},
     "ude": {"array": Implementation(ude, strategies={"checkpoint": ude_checkpoint})},
+    "semi_implicit": {
+        "array": Implementation(
+            semi_implicit,
+            semi_implicit_prepare,
+            stats=semi_implicit_stats,
+            strategies={"checkpoint": semi_implicit_checkpoint, "custom_rule": semi_implicit_rule},
+        ),
+    },
 }

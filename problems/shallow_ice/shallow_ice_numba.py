@@ -8,6 +8,9 @@ in a scalar, which LLVM turns into a shuffle: one pass over the fields, and the 
 min and max, not if (1.4 times faster): a tie of min and max has no derivative to halve here, and the adjoint says if.
 
 The network is pulled out: A is one number a temperature, so the long loop returns dL/dlnA, and the weights come after.
+
+The semi-implicit step has the same K, no caps, and a banded Cholesky in loops: LAPACK's pbtrf takes 1.7 times as long at
+such widths (30 at N = 64). The factors of all steps are kept for the adjoint's solves.
 """
 
 from typing import NamedTuple
@@ -17,7 +20,7 @@ from numba import njit
 
 from backends.numba_backend import LANES, by_chunks
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, LAYERS, RHO_G, steps_a_year
+from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, LAYERS, RHO_G, YEARS, steps_a_year
 
 
 def scales(size, dtype):
@@ -516,7 +519,275 @@ def ude_duals(theta, data, size, work):
     return by_chunks(theta, dual)
 
 
+# semi_implicit
+
+
+class SemiImplicitWork(NamedTuple):
+    c: float  # at lnA = 0
+    eps: float
+    X: np.ndarray  # (nst + 1, N, N): S' - B, of which H' is the positive part; X[0] = H0
+    K: np.ndarray  # (N-1, N-1) on corners
+    r: np.ndarray  # ((N-2)^2): right-hand side, then solution
+    box: np.ndarray  # (nst, 4): first and last row and column of the nodes around the ice
+    A: np.ndarray  # (nst, (N-2)^2 (N-1)): the factors, as far as their boxes reach
+
+
+class Cotangents(NamedTuple):
+    X: np.ndarray  # (N, N): of X[n]; at last of H0
+    lam: np.ndarray  # (N, N), 0 on the boundary
+    rest: np.ndarray  # (N)
+
+
+def semi_implicit_prepare(structure, size):
+    N, nst, dtype = size.N, size.nst, structure["H0"].dtype
+    unit, eps = scales(size, dtype)
+    inner = (N - 2) ** 2
+    X, K, r, A = (np.empty(s, dtype) for s in ((nst + 1, N, N), (N - 1, N - 1), inner, (nst, inner * (N - 1))))
+    box = np.empty((nst, 4), np.int64)
+    cotangents = Cotangents(np.empty((N, N), dtype), np.zeros((N, N), dtype), np.empty(N, dtype))
+    return SemiImplicitWork(dtype.type(unit * size.A * YEARS / nst), eps, X, K, r, box, A), cotangents
+
+
+@njit(fastmath=True)
+def corners(X, B, c, eps, K):
+    zero = X.dtype.type(0)
+    for i in range(len(K)):
+        X0, X1, B0, B1 = X[i], X[i + 1], B[i], B[i + 1]
+        for j in range(len(K)):
+            h00, h01, h10, h11 = max(zero, X0[j]), max(zero, X0[j + 1]), max(zero, X1[j]), max(zero, X1[j + 1])
+            S00, S01, S10, S11 = B0[j] + h00, B0[j + 1] + h01, B1[j] + h10, B1[j + 1] + h11
+            x, y = S10 - S00, S01 - S00
+            a, b, h = x + (S11 - S01), y + (S11 - S10), (h00 + h10) + (h01 + h11)
+            h2 = h * h
+            K[i, j] = c * (h2 * h2) * h * (a * a + b * b + eps)
+
+
+@njit
+def around(K, box):
+    """The box of inner nodes that have ice around. Outside, nothing flows, and the matrix is the identity."""
+    N = len(K) + 1
+    box[:] = N - 2, 1, N - 2, 1
+    for i in range(N - 1):
+        for j in range(N - 1):
+            if K[i, j] > 0:
+                box[0], box[1] = min(box[0], max(i, 1)), max(box[1], min(i + 1, N - 2))
+                box[2], box[3] = min(box[2], max(j, 1)), max(box[3], min(j + 1, N - 2))
+    if box[0] > box[1] or box[2] > box[3]:
+        box[:] = 1
+
+
+@njit(fastmath=True)
+def assemble(X, B, K, box, A, r):
+    """The matrix in the box, A[k, m] its entry (k + m, k), and the right-hand side."""
+    zero, one = X.dtype.type(0), X.dtype.type(1)
+    i0, i1, j0, j1 = box
+    columns, k = j1 - j0 + 1, 0
+    for i in range(i0, i1 + 1):
+        for j in range(j0, j1 + 1):
+            north, south = K[i - 1, j - 1] + K[i - 1, j], K[i, j - 1] + K[i, j]
+            west, east = K[i - 1, j - 1] + K[i, j - 1], K[i - 1, j] + K[i, j]
+            Ak = A[k]
+            for m in range(columns):
+                Ak[m] = zero
+            Ak[0] = one + ((north + south) + (west + east))
+            if j < j1:
+                Ak[1] = -east
+            Ak[columns] = -south
+            S = B[i, j] + max(zero, X[i, j])
+            r[k] = (
+                north * (B[i - 1, j] + max(zero, X[i - 1, j]) - S)
+                + south * (B[i + 1, j] + max(zero, X[i + 1, j]) - S)
+                + west * (B[i, j - 1] + max(zero, X[i, j - 1]) - S)
+                + east * (B[i, j + 1] + max(zero, X[i, j + 1]) - S)
+            )
+            k += 1
+
+
+@njit(fastmath=True)
+def cholesky(A):
+    """A = L with A[k, m] its entry (k + m, k), but the inverse on the diagonal. By columns: the inner loop is SIMD."""
+    n, width = A.shape[0], A.shape[1] - 1
+    for k in range(n):
+        Ak, below = A[k], min(width, n - 1 - k)
+        Ak[0] = 1 / np.sqrt(Ak[0])
+        for m in range(1, below + 1):
+            Ak[m] *= Ak[0]
+        for p in range(1, below + 1):
+            Ap, f = A[k + p], Ak[p]
+            for m in range(below + 1 - p):
+                Ap[m] -= f * Ak[p + m]
+
+
+@njit(fastmath=True)
+def substitute(L, r):
+    n, width = L.shape[0], L.shape[1] - 1
+    for k in range(n):
+        r[k] *= L[k, 0]
+        for m in range(1, min(width, n - 1 - k) + 1):
+            r[k + m] -= r[k] * L[k, m]
+    for k in range(n - 1, -1, -1):
+        total = r[k]
+        for m in range(1, min(width, n - 1 - k) + 1):
+            total -= L[k, m] * r[k + m]
+        r[k] = total * L[k, 0]
+
+
+@njit
+def matrix(box, A):
+    """A's part that belongs to the box, (nodes, columns + 1)."""
+    columns = box[3] - box[2] + 1
+    nodes = (box[1] - box[0] + 1) * columns
+    return A[: nodes * (columns + 1)].reshape(nodes, columns + 1)
+
+
+@njit(fastmath=True)
+def step(X, B, c, eps, K, r, box, A, out):
+    zero = X.dtype.type(0)
+    corners(X, B, c, eps, K)
+    around(K, box)
+    L = matrix(box, A)
+    assemble(X, B, K, box, L, r)
+    cholesky(L)
+    substitute(L, r)
+    for i in range(len(X)):
+        for j in range(len(X)):
+            out[i, j] = max(zero, X[i, j])
+    k = 0
+    for i in range(box[0], box[1] + 1):
+        for j in range(box[2], box[3] + 1):
+            out[i, j] += r[k]
+            k += 1
+
+
+@njit(fastmath=True)
+def flow_vjp(X, Xn, B, c, eps, lam, Xb, rest):
+    """Adds to Xb the gradient by X of <lam, flow(K, S)>, where S' stands for S as far as K is differentiated, and cuts it
+    where there is no ice; returns the derivative by ln c. sia_vjp without caps."""
+    N = X.shape[0]
+    zero, five = X.dtype.type(0), X.dtype.type(5)
+    value = zero
+    rest[:] = zero
+    for i in range(N - 1):
+        X0, X1, B0, B1, lam0, lam1, Xb0 = X[i], X[i + 1], B[i], B[i + 1], lam[i], lam[i + 1], Xb[i]
+        west01, west11 = zero, zero
+        for j in range(N - 1):
+            h00, h01, h10, h11 = max(X0[j], zero), max(X0[j + 1], zero), max(X1[j], zero), max(X1[j + 1], zero)
+            S00, S01, S10, S11 = B0[j] + h00, B0[j + 1] + h01, B1[j] + h10, B1[j + 1] + h11
+            x, y = S10 - S00, S01 - S00
+            a, b, h = x + (S11 - S01), y + (S11 - S10), (h00 + h10) + (h01 + h11)
+            lx0, lx1, ly0, ly1 = (
+                lam0[j] - lam1[j],
+                lam0[j + 1] - lam1[j + 1],
+                lam0[j] - lam0[j + 1],
+                lam1[j] - lam1[j + 1],
+            )
+            g, h2 = a * a + b * b + eps, h * h
+            ch4 = c * (h2 * h2)
+            K = ch4 * h * g
+            S00, S01, S10, S11 = (
+                B0[j] + Xn[i, j],
+                B0[j + 1] + Xn[i, j + 1],
+                B1[j] + Xn[i + 1, j],
+                B1[j + 1] + Xn[i + 1, j + 1],
+            )
+            Kb = lx0 * (S10 - S00) + lx1 * (S11 - S01) + ly0 * (S01 - S00) + ly1 * (S11 - S10)
+            value += Kb * K
+            Kbch4 = Kb * ch4
+            hb, t = five * g * Kbch4, (h + h) * Kbch4
+            ab, bb = t * a, t * b
+            r00 = hb - ab - bb - K * (lx0 + ly0)
+            r10 = hb + ab - bb + K * (lx0 - ly1)
+            r01 = hb - ab + bb + K * (ly0 - lx1)
+            r11 = hb + ab + bb + K * (lx1 + ly1)
+            total = Xb0[j] + (rest[j] + r00 + west01)
+            Xb0[j] = total if h00 > 0 else zero
+            rest[j] = r10 + west11
+            west01, west11 = r01, r11
+        total = Xb0[N - 1] + (rest[N - 1] + west01)
+        Xb0[N - 1] = total if X0[N - 1] > 0 else zero
+        rest[N - 1] = west11
+    for j in range(N):
+        total = Xb[N - 1, j] + rest[j]
+        Xb[N - 1, j] = total if X[N - 1, j] > 0 else zero
+    return value
+
+
+@njit(fastmath=True)
+def step_vjp(X, Xn, B, c, eps, r, box, L, Xb, lam, rest):
+    """Xb from the cotangent of Xn to that of X. From M (S' - S) = flow(K, S), M = 1 - flow(K, .), and with M lam = Xb
+    inside, lam = 0 on the boundary: <Xb, dS'> = <Xb, dS> + <lam, flow(K, dS) + flow(dK, S')>."""
+    for i in range(1, len(X) - 1):
+        for j in range(1, len(X) - 1):
+            lam[i, j] = Xb[i, j]
+    k = 0
+    for i in range(box[0], box[1] + 1):
+        for j in range(box[2], box[3] + 1):
+            r[k] = Xb[i, j]
+            k += 1
+    substitute(L, r)
+    k = 0
+    for i in range(box[0], box[1] + 1):
+        for j in range(box[2], box[3] + 1):
+            lam[i, j] = r[k]
+            k += 1
+    return flow_vjp(X, Xn, B, c, eps, lam, Xb, rest)
+
+
+@njit(fastmath=True)
+def semi_implicit_kernel(lnA, H0, B, c, eps, X, K, r, box, A):
+    """A and box have room for the factors of all steps, or of one."""
+    c, loss = c * np.exp(lnA[()]), H0.dtype.type(0)
+    copy(H0, X[0])
+    for n in range(len(X) - 1):
+        step(X[n], B, c, eps, K, r, box[n % len(A)], A[n % len(A)], X[n + 1])
+    for i in range(len(B)):
+        for j in range(len(B)):
+            loss += (max(H0.dtype.type(0), X[-1, i, j]) - H0[i, j]) ** 2
+    return loss / H0.size
+
+
+@njit(fastmath=True)
+def semi_implicit_vjp_kernel(lnA, H0, B, c, eps, X, K, r, box, A, Xb, lam, rest):
+    """Leaves the gradient by H0 in Xb; returns the loss and its derivative by lnA."""
+    loss = semi_implicit_kernel(lnA, H0, B, c, eps, X, K, r, box, A)
+    c, zero, lnAb, N = c * np.exp(lnA[()]), H0.dtype.type(0), H0.dtype.type(0), len(B)
+    scale = H0.dtype.type(2 / N**2)
+    for i in range(N):
+        for j in range(N):
+            Xb[i, j] = scale * (X[-1, i, j] - H0[i, j]) if X[-1, i, j] > 0 else zero
+    for n in range(len(X) - 2, -1, -1):
+        lnAb += step_vjp(X[n], X[n + 1], B, c, eps, r, box[n], matrix(box[n], A[n]), Xb, lam, rest)
+    for i in range(N):
+        for j in range(N):
+            Xb[i, j] -= scale * (max(zero, X[-1, i, j]) - H0[i, j])
+    return loss, lnAb
+
+
+def semi_implicit(theta, data, size, work):
+    work, _ = work
+    return semi_implicit_kernel(theta["lnA"], theta["H0"], data["B"], *work[:-1], work.A[:1])
+
+
+def semi_implicit_adjoint(theta, data, size, work):
+    work, cotangents = work
+    loss, lnAb = semi_implicit_vjp_kernel(theta["lnA"], theta["H0"], data["B"], *work, *cotangents)
+    return loss, {"lnA": lnAb, "H0": cotangents.X}
+
+
+def semi_implicit_stats(theta, data, size):
+    """Of the gradient."""
+    return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst}
+
+
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
     "ude": {"loops": Implementation(ude, ude_prepare, strategies={"adjoint": ude_adjoint, "duals": ude_duals})},
+    "semi_implicit": {
+        "loops": Implementation(
+            semi_implicit,
+            semi_implicit_prepare,
+            stats=semi_implicit_stats,
+            strategies={"adjoint": semi_implicit_adjoint},
+        ),
+    },
 }

@@ -1,4 +1,8 @@
-"""The valley glacier in PyTorch: whole arrays on the eager tape; the temperatures are a leading axis."""
+"""The valley glacier in PyTorch: whole arrays on the eager tape; the temperatures are a leading axis.
+
+PyTorch has no sparse solve on the CPU, so the semi-implicit step's, LAPACK's banded Cholesky, sits in an autograd.Function:
+a rule over the solve alone, which keeps the factor for the adjoint.
+"""
 
 from functools import partial
 
@@ -7,7 +11,7 @@ from torch.nn.functional import pad, softplus
 
 from backends.torch_backend import checkpointed, compiled
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, steps_a_year
+from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, YEARS, cholesky, steps_a_year, substitute
 
 
 def avg_x(a):
@@ -22,14 +26,19 @@ def cap(e, lo, hi):
     return torch.where(e < lo, lo, torch.where(e > hi, hi, e))  # torch.clamp halves the derivative at a tie
 
 
+def diffusivity(Hc, dSx, dSy, A):
+    """D on corners, (N-1, N-1)."""
+    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))
+    Hb2 = Hb * Hb  # Hb**5 costs 1.2 times the whole
+    return (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+
+
 def sia(H, B, A, dx):
     """H_t of the shallow ice approximation, (..., N, N); A is a number or (..., 1, 1)."""
     Hc = torch.where(H > 0, H, 0.0)
     S = B + Hc
     dSx, dSy = S.diff(dim=-2) / dx, S.diff(dim=-1) / dx  # (N-1, N), (N, N-1): edges
-    gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))  # (N-1, N-1): corners
-    Hb2 = Hb * Hb  # Hb**5 costs 1.2 times the whole
-    D = (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+    D = diffusivity(Hc, dSx, dSy, A)
     cx, cy = Hc[..., 1:-1] / dx, Hc[..., 1:-1, :] / dx
     ex = cap(dSx[..., 1:-1], -cx[..., :-1, :], cx[..., 1:, :])  # (N-1, N-2)
     ey = cap(dSy[..., 1:-1, :], -cy[..., :-1], cy[..., 1:])  # (N-2, N-1)
@@ -145,12 +154,117 @@ def ude_inplace_compile(theta, data, size):
     return ude(theta, data, size, partial(step_inplace, sia=compiled(sia_inplace)))
 
 
+def conductance(H, B, A, dx, dt):
+    """dt D / dx^2 on edges, (N-1, N-2) and (N-2, N-1)."""
+    S = B + H
+    D = dt / dx**2 * diffusivity(H, S.diff(dim=-2) / dx, S.diff(dim=-1) / dx, A)
+    return avg_y(D), avg_x(D)
+
+
+def flow(Kx, Ky, S):
+    """dt div(D grad S) inside, (N-2, N-2)."""
+    return (Kx * S[..., 1:-1].diff(dim=-2)).diff(dim=-2) + (Ky * S[..., 1:-1, :].diff(dim=-1)).diff(dim=-1)
+
+
+class Factor:
+    """What the host's solver left, which autograd hands through."""
+
+    def __init__(self, *K):
+        self.factor = cholesky(*(k.cpu().numpy() for k in K))
+
+    def __call__(self, b):
+        return torch.from_numpy(substitute(self.factor, b.cpu().numpy())).to(b.device)
+
+
+class Substitute(torch.autograd.Function):
+    """The solution for a batch of b at once; it has a rule for vmap and needs none for derivatives."""
+
+    @staticmethod
+    def forward(factor, b):
+        return factor(b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, factor, b):
+        return Substitute.apply(factor, b.movedim(in_dims[1], 0)), 0
+
+
+class Solve(torch.autograd.Function):
+    """x inside from x - flow(x) = b, x = 0 on the boundary, and the factor."""
+
+    @staticmethod
+    def forward(Kx, Ky, b):
+        factor = Factor(Kx, Ky)
+        return factor(b), factor
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.factor = output
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx, xb, _):
+        lam = Substitute.apply(ctx.factor, xb)
+        x0, lam0 = pad(ctx.saved_tensors[0], (1, 1, 1, 1)), pad(lam, (1, 1, 1, 1))
+        Kxb = -lam0[..., 1:-1].diff(dim=-2) * x0[..., 1:-1].diff(dim=-2)
+        return Kxb, -lam0[..., 1:-1, :].diff(dim=-1) * x0[..., 1:-1, :].diff(dim=-1), lam
+
+    @staticmethod
+    def jvp(ctx, dKx, dKy, db):
+        return Substitute.apply(ctx.factor, db + flow(dKx, dKy, pad(ctx.saved_tensors[0], (1, 1, 1, 1)))), None
+
+    @staticmethod
+    def vmap(*_):
+        raise NotImplementedError("one matrix at a time; PyTorch asks for this where its tangents alone are a batch")
+
+
+def implicit_step(H, B, A, dx, dt, conductance=conductance):
+    Kx, Ky = conductance(H, B, A, dx, dt)
+    x, _ = Solve.apply(Kx, Ky, flow(Kx, Ky, B + H))
+    H = H + pad(x, (1, 1, 1, 1))
+    return torch.where(H > 0, H, 0.0)
+
+
+def semi_implicit(theta, data, size, step=implicit_step):
+    H0, A = theta["H0"], size.A * torch.exp(theta["lnA"])
+    H = torch.where(H0 > 0, H0, 0.0)
+    for _ in range(size.nst):
+        H = step(H, data["B"], A, BOX / size.N, YEARS / size.nst)
+    return torch.mean((H - H0) ** 2)
+
+
+def semi_implicit_checkpoint(theta, data, size):
+    """A state a step; factors too are computed again."""
+    return semi_implicit(theta, data, size, checkpointed(implicit_step))
+
+
+def semi_implicit_compile(theta, data, size):
+    """Its assembly is compiled; the solve is a call of Python."""
+    return semi_implicit(theta, data, size, partial(implicit_step, conductance=compiled(conductance)))
+
+
+def semi_implicit_stats(theta, data, size):
+    """Of the gradient in reverse mode."""
+    return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst}
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
     "ude": {
         "array": Implementation(ude, strategies={"checkpoint": ude_checkpoint, "compile": ude_compile}),
         "inplace": Implementation(
             ude_inplace, strategies={"checkpoint": ude_inplace_checkpoint, "compile": ude_inplace_compile}
+        ),
+    },
+    "semi_implicit": {
+        "array": Implementation(
+            semi_implicit,
+            stats=semi_implicit_stats,
+            strategies={"checkpoint": semi_implicit_checkpoint, "compile": semi_implicit_compile},
         ),
     },
 }
