@@ -572,7 +572,7 @@ TASKS = {
         inputs=semi_implicit_inputs,
         forms={"array": semi_implicit, "inplace": semi_implicit_inplace, "loops": semi_implicit_loops},
         gate=1e-8,
-        gate32=1e-2,
+        gate32=2e-3,
         lower={"N": 4},
     ),
 }
