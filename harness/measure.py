@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from harness import PROTOCOL, ROOT, processes
 from harness.cells import Cell, backend, known_status, modules, size_of
+from harness.environments import python
 from harness.ledger import AsIs, CellRecord, Floor
 from harness.machine import commit, load, lock_hash, machine_class
 from harness.reference import NoReference, Reference, inputs, reference
@@ -28,13 +29,14 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
         judge = reference(cell)
     except NoReference as e:
         return record(cell, began, status=e.status if e.status in ("timeout", "oom") else "error", reason=e.reason)
-    environ = backend(cell.backend).environ(cell.threads)
+    library = backend(cell.backend)
+    environ = library.environ(cell.threads)
     spec = spec_of(cell, judge, budget, least) | {"limit_s": limit}
     found, measured = [], 0.0
     last: dict = {}
     while len(found) < number and (not found or time.monotonic() - began < ENOUGH_S):
         before = load()
-        last = processes.run("measure", spec, environ, cell.threads, limit)
+        last = processes.run("measure", spec, environ, cell.threads, limit, python(library))
         measured += last.get("measured_s") or (
             last["wall_s"] if last["status"] in ("timeout", "oom", "crashed") else 0.0
         )
@@ -62,7 +64,8 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
 def attempt(cell: Cell, limit: float, **more) -> dict:
     """One call of a cell, judged, even one whose author declares it unsupported: what a test checks him by."""
     spec = spec_of(cell, reference(cell), 0.0, 1) | more
-    return processes.run("measure", spec, backend(cell.backend).environ(cell.threads), cell.threads, limit)
+    library = backend(cell.backend)
+    return processes.run("measure", spec, library.environ(cell.threads), cell.threads, limit, python(library))
 
 
 def as_is(cell: Cell, limit: float) -> AsIs:
@@ -153,6 +156,7 @@ def record(cell: Cell, began: float, **rest) -> CellRecord:
             "device": cell.device,
             "dtype": cell.dtype,
             "threads": cell.threads,
+            "env": backend(cell.backend).env,
             "lines": lines(cell) if cell.form else None,
             "changed": changed(cell) if cell.form else None,
             "commit": head,

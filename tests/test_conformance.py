@@ -5,12 +5,12 @@ import os
 import re
 import select
 import subprocess
-import sys
 
 import pytest
 from conftest import PLAIN, ROOT, is_sentence
 
 from harness.cells import backend, cell, cells, known_status
+from harness.environments import python
 from harness.measure import attempt, spec_of
 from harness.processes import thread_environ
 from harness.reference import reference
@@ -50,7 +50,8 @@ class Server:
     def __init__(self, library):
         environ = os.environ | {"PYTHONPATH": str(ROOT)} | thread_environ(1) | backend(library).environ(1)
         self.library, pipe = library, subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, env=environ, text=True)
+        words = [python(backend(library)), "-c", SERVER]
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environ, text=True)
 
     def measure(self, c):
         spec = spec_of(c, reference(c), budget=0.01, least=1)
