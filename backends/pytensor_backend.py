@@ -23,6 +23,7 @@ class PyTensor(Backend):
         "numpy==2.4.6",
         "pytensor==3.0.7",
         "scipy==1.17.1",
+        "setuptools==65.5.0",
         "toolz==1.2.0",
         "typing_extensions==4.16.0",
     )

@@ -202,8 +202,8 @@ def _environments() -> dict[str, list[str]]:
     """Environment -> the backends that run in it, without the main one."""
     found: dict[str, list[str]] = {}
     for name in cells.backends():
-        if (env := cells.backend(name).env) != "main":
-            found.setdefault(env, []).append(name)
+        if (own := cells.backend(name).env) != "main":
+            found.setdefault(own, []).append(name)
     return found
 
 
