@@ -92,6 +92,7 @@ class Backend(ABC):
 
     requires: ClassVar[tuple[str, ...]]  # distributions to import, their versions go into every record
     env: ClassVar[str] = "main"  # the environment whose interpreter runs the workers
+    pins: ClassVar[tuple[str, ...]] = ()  # the whole lock of that environment, where it is not the main one
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     programs: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # strategy -> compilers, of which it needs one
     # NumPy's and SciPy's modules -> the library's own, with which the statement is tried as it is; None: it takes no NumPy code

@@ -8,7 +8,6 @@ never imported here, so listing needs no library and a missing one keeps its row
 import ast
 import difflib
 import importlib
-import importlib.metadata
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import STRATEGIES, Backend
-from harness import ROOT, UserError
+from harness import ROOT, UserError, environments
 from problems import BadSize, Task
 
 SIZES = ("tiny", "small", "large")
@@ -252,9 +251,9 @@ def size_of(cell: Cell) -> Any:
 
 
 @cache
-def installed(distribution: str) -> bool:
+def installed(distribution: str, library: type[Backend]) -> bool:
     """Asked once a run: it searches the whole path, and every cell of a listing asks."""
-    return any(importlib.metadata.Distribution.discover(name=distribution))
+    return environments.installed(distribution, library)
 
 
 def known_status(cell: Cell) -> tuple[str, str]:
@@ -273,11 +272,19 @@ def known_status(cell: Cell) -> tuple[str, str]:
             "unavailable",
             f"{cell.backend} runs on {' and '.join(library.devices)} only; leave out device={cell.device}.",
         )
+    if not environments.is_made(library):
+        return (
+            "unavailable",
+            f"The environment {library.env}, in which {cell.backend} runs, is not made or not up to date; "
+            f"make it with adphys env create {library.env}.",
+        )
     for name in library.requires:
-        if not installed(name):
+        if not installed(name, library):
             return (
                 "unavailable",
-                f"The library {name} is not installed; install it with pip install {name} -c constraints.txt.",
+                f"The library {name} is not installed; install it with pip install {name} -c constraints.txt."
+                if library.env == "main"
+                else f"The library {name} is not in the environment {library.env}; add it to the pins of {cell.backend}.",
             )
     programs = library.programs.get(cell.strategy, ())
     if programs and not any(map(shutil.which, programs)):

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from harness import ROOT, UserError, cells, ledger, run, source
+from harness import ROOT, UserError, cells, environments, ledger, run, source
 from harness.measure import measure
 from harness.statistics import summary
 
@@ -177,6 +177,38 @@ def export_asv(
 
     written = export(ledger.read([*(paths or []), *(more or [])] or [ledger.FOLDER]))
     print(f"asv results: {_shown(written)}")
+
+
+env = typer.Typer(add_completion=False, help="Environments of their own, for backends whose pins conflict with ours.")
+app.add_typer(env, name="env")
+
+
+@env.command("list")
+def env_list() -> None:
+    """Which there are, and which of them are made."""
+    table = Table("environment", "made", "where", "backends", box=None, pad_edge=False)
+    for name, libraries in _environments().items():
+        made, where = environments.is_made(cells.backend(libraries[0])), _shown(environments.folder(name))
+        table.add_row(name, "yes" if made else "no", where if made else "", " ".join(libraries))
+    _out(wide=False).print(table)
+
+
+@env.command("create")
+def env_create(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Make one: download and install exactly what its backend pins."""
+    known = _environments()
+    if name not in known:
+        raise UserError(f"There is no environment {name!r} to create; there are {', '.join(known)}.")
+    print(f"environment: {_shown(environments.create(cells.backend(known[name][0])))}")
+
+
+def _environments() -> dict[str, list[str]]:
+    """Environment -> the backends that run in it, without the main one."""
+    found: dict[str, list[str]] = {}
+    for name in cells.backends():
+        if (own := cells.backend(name).env) != "main":
+            found.setdefault(own, []).append(name)
+    return found
 
 
 def _newest() -> list[Path]:

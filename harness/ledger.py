@@ -96,6 +96,7 @@ class CellRecord(Record):
     device: str
     dtype: str
     threads: int
+    env: str = Field("main", description="the environment whose interpreter ran the workers, named by the backend")
     status: Status
     reason: str = Field(description="a sentence where the status is not ok, else empty")
     loss: float | None = None

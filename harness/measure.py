@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from harness import PROTOCOL, ROOT, processes
 from harness.cells import Cell, backend, known_status, modules, size_of
+from harness.environments import python
 from harness.ledger import AsIs, CellRecord, Floor, invalid
 from harness.machine import commit, load, lock_hash, machine_class
 from harness.reference import NoReference, Reference, entries, inputs, reference
@@ -31,12 +32,13 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
         spec = spec_of(cell, judge, budget, least) | {"limit_s": limit}
     except NoReference as e:
         return record(cell, began, status=e.status if e.status in ("timeout", "oom") else "error", reason=e.reason)
-    environ = backend(cell.backend).environ(cell.threads)
+    library = backend(cell.backend)
+    environ = library.environ(cell.threads)
     found, measured = [], 0.0
     last: dict = {}
     while len(found) < number and (not found or time.monotonic() - began < ENOUGH_S):
         before = load()
-        last = processes.run("measure", spec, environ, cell.threads, limit)
+        last = processes.run("measure", spec, environ, cell.threads, limit, python(library))
         measured += last.get("measured_s") or (
             last["wall_s"] if last["status"] in ("timeout", "oom", "crashed") else 0.0
         )
@@ -64,7 +66,8 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
 def attempt(cell: Cell, limit: float, **more) -> dict:
     """One call of a cell, judged, even one whose author declares it unsupported: what a test checks him by."""
     spec = spec_of(cell, reference(cell), 0.0, 1) | more
-    return processes.run("measure", spec, backend(cell.backend).environ(cell.threads), cell.threads, limit)
+    library = backend(cell.backend)
+    return processes.run("measure", spec, library.environ(cell.threads), cell.threads, limit, python(library))
 
 
 def as_is(cell: Cell, limit: float) -> AsIs:
@@ -153,6 +156,7 @@ def record(cell: Cell, began: float, **rest) -> CellRecord:
             "device": cell.device,
             "dtype": cell.dtype,
             "threads": cell.threads,
+            "env": backend(cell.backend).env,
             "lines": lines(cell) if cell.form else None,
             "changed": changed(cell) if cell.form else None,
             "commit": head,

@@ -3,10 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -29,7 +29,9 @@ class Stopped(Exception):
     """The run was interrupted."""
 
 
-def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: float) -> dict:
+def run(
+    mode: str, spec: dict, environ: dict[str, str], threads: int, limit: float, python: str = sys.executable
+) -> dict:
     """The result of one worker, always with `status` and `reason`; wall seconds as `wall_s`."""
     with tempfile.TemporaryDirectory(prefix="adphys-", ignore_cleanup_errors=True) as folder:
         spec_path, out_path, log = (Path(folder) / name for name in ("spec.json", "out.jsonl", "log"))
@@ -39,7 +41,7 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
             raise Stopped
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", "harness.worker", str(spec_path), str(out_path)],
+                [python, "-m", "harness.worker", str(spec_path), str(out_path)],
                 cwd=folder,  # with TMPDIR: what a compiler leaves behind goes when the worker goes, killed or not
                 env=os.environ
                 | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": folder}
@@ -63,9 +65,8 @@ def run(mode: str, spec: dict, environ: dict[str, str], threads: int, limit: flo
     if result is None:
         stage = found[-1]["stage"] if found else "start"
         result = _ended(ended, stage, limit, process.returncode, said)
-    reason = result.get("reason", "")
-    for place in (folder, str(ROOT), sysconfig.get_path("purelib")):  # a sentence is for every machine
-        reason = reason.replace(f"{place}/", "")
+    places = rf"[^\s'\"]*/site-packages|{re.escape(folder)}|{re.escape(str(ROOT))}"  # a sentence is for every machine
+    reason = re.sub(f"({places})/", "", result.get("reason", ""))
     ends = "" if not reason or reason.endswith((".", "!", "?")) else "."
     return result | {"reason": reason + ends, "wall_s": time.monotonic() - began}
 

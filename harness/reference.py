@@ -8,7 +8,6 @@ hash in a folder that git ignores.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +16,7 @@ from zipfile import ZipFile
 import numpy as np
 
 from backends import STRATEGIES
-from harness import ROOT, UserError, processes
+from harness import CACHE, ROOT, UserError, processes
 from harness.cells import APPROXIMATE_OR_SLOW, Cell, backend, implementation_file, modules, outline, size_of, tasks
 from harness.judge import error, loss_error
 from harness.machine import lock_hash
@@ -183,11 +182,10 @@ def _library_files(problem: str, library: str) -> list[Path]:
 
 def cache_folder() -> Path:
     """`.cache` beside the code, or ADPHYS_CACHE."""
-    folder = Path(os.environ.get("ADPHYS_CACHE") or ROOT / ".cache")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(
-            f"The folder {folder} for references cannot be written ({e.strerror}); set ADPHYS_CACHE."
+            f"The folder {CACHE} for references cannot be written ({e.strerror}); set ADPHYS_CACHE."
         ) from None
-    return folder
+    return CACHE

@@ -320,8 +320,12 @@ def _duration(t: float) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Of everything that any backend needs, and of the tools that write results."""
-    names = {name for b in backends() for name in backend(b).requires} | {"asv", "pandas", "pydantic"}
+    """Of everything that any backend needs here, and of the tools that write results."""
+    names = {name for b in backends() if backend(b).env == "main" for name in backend(b).requires} | {
+        "asv",
+        "pandas",
+        "pydantic",
+    }
     found = {}
     for name in sorted(names):
         try:

@@ -449,7 +449,7 @@ def test_suite_is_the_quick_cells_whatever_is_installed(monkeypatch):
         for way in ways
         for size in sizes
     } == cells
-    monkeypatch.setattr("harness.cells.installed", lambda _: False)
+    monkeypatch.setattr("harness.cells.installed", lambda *_: False)
     assert {name: (b.params, b.version) for name, b in suite().items()} == here
 
 

@@ -5,12 +5,12 @@ import os
 import re
 import select
 import subprocess
-import sys
 
 import pytest
 from conftest import PLAIN, ROOT, is_sentence
 
 from harness.cells import backend, cell, cells, known_status
+from harness.environments import is_made, python
 from harness.measure import attempt, spec_of
 from harness.processes import thread_environ
 from harness.reference import reference
@@ -53,7 +53,8 @@ class Server:
         environ = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}  # where compilers leave files
         environ |= thread_environ(1) | backend(library).environ(1)
         self.library, pipe = library, subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, env=environ, text=True)
+        words = [python(backend(library)), "-c", SERVER]
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environ, text=True)
 
     def measure(self, c):
         spec = spec_of(c, reference(c), budget=0.01, least=1)
@@ -103,6 +104,8 @@ def test_every_cell_is_ok_or_says_why_not(c, quickly):
     if c.strategy == "compile" and not c.natural and not os.environ.get("ADPHYS_SLOW"):
         pytest.skip("compiling a second form takes up to minutes; ADPHYS_SLOW=1 runs it")
     if status == "unsupported":
+        if not is_made(backend(c.backend)):
+            pytest.skip(f"the attempt needs the environment {backend(c.backend).env}")
         is_the_error_that_was_declared(c, reason)
     elif status:
         assert status in ("missing", "unavailable")

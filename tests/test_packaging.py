@@ -14,6 +14,7 @@ from harness.cells import backend, backends, cell, cells
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
+PIN = r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+(\s*;.*)?"
 OURS = [pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]]
 
 
@@ -59,7 +60,7 @@ def test_no_module_is_named_like_a_library():
 def test_the_lock_pins_everything_exactly_and_once():
     names = []
     for line in pins():
-        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+(\s*;.*)?", line), line
+        assert re.fullmatch(PIN, line), line
         names.append(normal(line.partition("==")[0]))
     assert len(set(names)) == len(names)
 
@@ -79,9 +80,12 @@ def test_every_dependency_is_in_the_lock():
 
 
 def test_what_a_backend_requires_is_in_the_lock():
-    names = {normal(line.partition("==")[0]) for line in pins()}
-    for library in backends():
-        assert {normal(name) for name in backend(library).requires} <= names, library
+    """In ours, or in that of its own environment; both pin exactly and once."""
+    for library in map(backend, backends()):
+        lock = pins() if library.env == "main" else library.pins
+        assert all(re.fullmatch(PIN, line) for line in lock), library
+        names = [normal(line.partition("==")[0]) for line in lock]
+        assert {normal(name) for name in library.requires} <= set(names) and len(set(names)) == len(names), library
 
 
 def test_torch_is_exact():
