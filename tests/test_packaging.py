@@ -9,7 +9,9 @@ from importlib.metadata import packages_distributions
 
 from conftest import ROOT
 
-from harness.cells import backend, backends, cell, cells
+from harness import ledger
+from harness.cells import SIZES, backend, backends, cell, cells
+from reports import tables, words
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -129,3 +131,17 @@ def test_make_reads_every_rule():
     for target in sorted(TARGETS - {"bench", "test"}) + ["bench", "test"]:
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_numbers_of_the_readmes_table_are_those_of_the_committed_ledgers():
+    rows = tables.frame([ledger.Run(path) for path in sorted((ROOT / "results" / "ledger").glob("*/*.jsonl"))])
+    rows = rows.loc[(rows.device == "cpu") & (rows.dtype == "float64") & (rows.threads == 1)]
+    lines = re.findall(r"^\| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    head, *body = [line.split(" | ") for line in lines]
+    assert head[:3] == ["task", "size", "hand adjoint"] and {name for name, *_ in body} == set(rows.task)
+    for task, size, hand, *ratios in body:
+        here = rows.loc[(rows.task == task) & (rows.axis + " = " + rows.axis_value.map("{:g}".format) == size)]
+        here = here.loc[here["size"].isin(SIZES)].set_index("way")
+        assert words.seconds(here.derivative_median_s["numba/adjoint"]) == hand
+        for way, shown in zip(head[3:], ratios, strict=True):
+            assert words.ratio(here.derivative_over_adjoint.get(way)) == shown, f"{task}, {size}, {way}"
