@@ -302,11 +302,11 @@ def react(u, A, B, force, disc, dt, r):
 
 
 @njit(fastmath=True)
-def misfit(u, columns, total):
-    """total + sum (1 - u)^2 / 2 over the first columns; what follows them pads the rows."""
+def misfit(u, total):
+    """total + sum (1 - u)^2 / 2"""
     for i in range(u.shape[0]):
         x = u[i]
-        for j in range(columns):
+        for j in range(u.shape[1]):
             total += (1 - x[j]) ** 2 / 2
     return total
 
@@ -314,13 +314,13 @@ def misfit(u, columns, total):
 @njit(fastmath=True)
 def imex_kernel(states, A, B, disc, S, dt, steps, every, first, r, waves):
     """The loss; state n stays in states[n], as far as they reach."""
-    loss = misfit(states[0], len(disc), 0 * A)
+    loss = misfit(states[0], 0 * A)
     for n in range(steps):
         U0, V0 = react(states[n % len(states)], A, B, FORCING if n >= first else 0.0, disc, dt, r)
         new = states[(n + 1) % len(states)]
         diffuse(r, U0, V0, S, waves, new)
         if (n + 1) % every == 0:
-            loss = misfit(new, len(disc), loss)
+            loss = misfit(new, loss)
     return loss
 
 
@@ -406,7 +406,7 @@ def misfit_jvp(u, du, total):
 @njit(fastmath=True)
 def imex_duals_kernel(u, du, r, dr, A, dA, B, dB, dc, disc, S, dt, steps, every, first, waves, dloss):
     """The loss, and its tangents into dloss. w = S r has the tangent S (dr + dt dalpha lap w): S is applied to tangents."""
-    loss = misfit(u, len(disc), 0 * A)
+    loss = misfit(u[:, : len(disc)], 0 * A)
     for k in range(LANES):
         dloss[k] = misfit_jvp(u, du[k], 0 * A)
     for n in range(steps):
@@ -418,7 +418,7 @@ def imex_duals_kernel(u, du, r, dr, A, dA, B, dB, dc, disc, S, dt, steps, every,
             add_lap(u, dt * dc[k], dr[k])
             diffuse(dr[k], 0 * A, 0 * A, S, waves, du[k])
         if (n + 1) % every == 0:
-            loss = misfit(u, len(disc), loss)
+            loss = misfit(u[:, : len(disc)], loss)
             for k in range(LANES):
                 dloss[k] = misfit_jvp(u, du[k], dloss[k])
     return loss
@@ -609,7 +609,7 @@ def newton(w, u, A, B, c, force, disc, row, dt, tolerance, P, D, F, x, y):
 def implicit_kernel(states, A, B, c, disc, row, dt, steps, every, first, tolerance, P, D, F, x, y):
     """The loss, and the iterations in all, 0 where they do not end; state n stays in states[n], as far as they reach."""
     N, iterations = row.size, 0
-    loss = misfit(states[0, :N], 2 * N, 0 * A)
+    loss = misfit(states[0, :N], 0 * A)
     for n in range(steps):
         u, w = states[n % len(states)], states[(n + 1) % len(states)]
         force = FORCING if n + 1 >= first else 0.0
@@ -618,7 +618,7 @@ def implicit_kernel(states, A, B, c, disc, row, dt, steps, every, first, toleran
             return loss, 0
         iterations += k
         if (n + 1) % every == 0:
-            loss = misfit(w[:N], 2 * N, loss)
+            loss = misfit(w[:N], loss)
     return loss, iterations
 
 
