@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from backends import STRATEGIES, Backend
-from harness import ROOT, UserError, environments
+from harness import ROOT, UserError
+from harness.environments import installed, is_made
 from problems import BadSize, Task
 
 SIZES = ("tiny", "small", "large")
@@ -250,12 +251,6 @@ def size_of(cell: Cell) -> Any:
         raise UserError(f"{cell.name} cannot have the size {cell.size}: {e}.") from None
 
 
-@cache
-def installed(distribution: str, library: type[Backend]) -> bool:
-    """Asked once a run: it searches the whole path, and every cell of a listing asks."""
-    return environments.installed(distribution, library)
-
-
 def known_status(cell: Cell) -> tuple[str, str]:
     """(status, sentence) where they are known without running, else ("", "")."""
     where = implementation_file(cell.problem, cell.backend).relative_to(ROOT)
@@ -272,7 +267,7 @@ def known_status(cell: Cell) -> tuple[str, str]:
             "unavailable",
             f"{cell.backend} runs on {' and '.join(library.devices)} only; leave out device={cell.device}.",
         )
-    if not environments.is_made(library):
+    if not is_made(library):
         return (
             "unavailable",
             f"The environment {library.env}, in which {cell.backend} runs, is not made or not up to date; "

@@ -52,8 +52,10 @@ def create(library: type[Backend]) -> Path:
     return place
 
 
+@cache
 def installed(distribution: str, library: type[Backend]) -> bool:
-    """Whether the interpreter of its workers finds the distribution."""
+    """Whether the interpreter of its workers finds the distribution. Asked once a run: it searches the whole path, and every
+    cell of a listing asks."""
     if library.env == "main":
         return any(importlib.metadata.Distribution.discover(name=distribution))
     return _normal(distribution) in _distributions(python(library))

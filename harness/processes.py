@@ -19,9 +19,7 @@ from harness import ROOT
 POLL_S = 0.02
 REST = 10
 MEMORY_SHARE = 0.85  # of what the machine has: beyond it the kernel would choose a victim, perhaps not ours
-STOP = (
-    threading.Event()
-)  # set when a run is interrupted: workers of other threads are killed, and no further one starts
+STOP = threading.Event()  # set when a run is interrupted: its other workers are killed, and no further one starts
 resident: dict[int, int] = {}  # worker -> bytes, of those that run side by side
 
 

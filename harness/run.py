@@ -39,9 +39,8 @@ PRESETS = {
     "full": Preset(SIZES, "all", True, budget=2.0, processes=3, limit=600.0),
 }
 
-
 DISTURBED = 1.25  # times the calm kernel; idle, the cells of a run differ by 0.1
-AGAIN_S = 30.0
+AGAIN_S = 30.0  # a cell that took longer is not measured again
 
 
 def plan(patterns: list[str], preset: str, device: str) -> list[Cell]:
@@ -147,7 +146,12 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
         )
     _references(todo, console)
     _floors(writer, context, before, [known[a] for a in context.plan], console)
-    again: list[Cell] = []
+
+    def keep(found: CellRecord) -> None:
+        records[found.cell] = found
+        writer.append(found)
+        progress.console.print(line(found), soft_wrap=True, highlight=False)
+
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(todo), left="")
@@ -155,19 +159,14 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
             spent = time.monotonic() - began
             left = f"about {_duration(spent / k * (len(todo) - k))} left" if k else ""
             progress.update(bar, description=cell.address, completed=k, left=left)
-            found = records[cell.address] = _measure(cell, context, records)
-            writer.append(found)
-            progress.console.print(line(found), soft_wrap=True, highlight=False)
-        if PRESETS[context.preset].ways != "main":
-            again = [known[a] for a in disturbed(list(records.values()))]
+            keep(_measure(cell, context, records))
+        again = [] if PRESETS[context.preset].ways == "main" else [known[a] for a in disturbed(list(records.values()))]
         bar = progress.add_task("", total=len(again), left="again, for the machine was disturbed")
         for k, cell in enumerate(again):
             progress.update(bar, description=cell.address, completed=k)
             found = _measure(cell, context, records)
             if found.status == "ok" and _kernel(found) < _kernel(records[cell.address]):  # the calmer, faster or not
-                writer.append(found)
-                records[cell.address] = found
-                progress.console.print(line(found), soft_wrap=True, highlight=False)
+                keep(found)
     _as_is(writer, context, before, [known[a] for a in context.plan], console)
     wall = time.monotonic() - began + wall_before
     measured = sum(r.measured_s for r in records.values())
