@@ -79,9 +79,9 @@ class Jax(Backend):
     def implicit(self, loss):
         return self.reverse(loss)
 
-    def implicit_given(self, loss):
-        """The loss by the rule is what is differentiated, so it is the primal too."""
-        return self.reverse(loss)
+    def implicit_primal(self, loss):
+        """Of the loss by the rule, which is what is differentiated."""
+        return self.primal(loss)
 
 
 BACKEND = Jax

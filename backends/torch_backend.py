@@ -114,9 +114,9 @@ class Torch(Backend):
     def implicit(self, loss):
         return self.reverse(loss)
 
-    def implicit_given(self, loss):
-        """The loss by the rule is what is differentiated, so it is the primal too."""
-        return self.reverse(loss)
+    def implicit_primal(self, loss):
+        """Of the loss by the rule, which is what is differentiated."""
+        return self.primal(loss)
 
     def forward(self, loss):
         """jvp under vmap, 64 tangents at once; torch.func.jacfwd takes all of them at once, n^2 numbers."""
