@@ -11,8 +11,8 @@ from numba import njit
 
 from backends.enzyme_backend import differentiable, output, scratch
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, LAYERS, YEARS, steps_a_year
-from problems.shallow_ice.shallow_ice_jax import on_host, pad, semi_implicit_prepare, semi_implicit_stats, solve
+from problems.shallow_ice import A_MAX, A_MIN, LAYERS, YEARS, semi_implicit_stats, steps_a_year
+from problems.shallow_ice.shallow_ice_jax import on_host, pad, semi_implicit_prepare, solve
 from problems.shallow_ice.shallow_ice_numba import SSPRK3, corners, rhs_kernel, scales, ude_kernel
 
 

@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, YEARS, cholesky, steps_a_year, substitute
+from problems.shallow_ice import (
+    A_MAX,
+    A_MIN,
+    BOX,
+    EPS,
+    RHO_G,
+    YEARS,
+    cholesky,
+    semi_implicit_stats,
+    steps_a_year,
+    substitute,
+)
 
 
 def avg_x(a):
@@ -224,11 +235,6 @@ def semi_implicit_rule(theta, data, size, work):
 
 def semi_implicit_prepare(structure, size):
     return {}
-
-
-def semi_implicit_stats(theta, data, size):
-    """Of the gradient in reverse mode."""
-    return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst}
 
 
 IMPLEMENTATION = {

@@ -20,7 +20,7 @@ from numba import njit
 
 from backends.numba_backend import LANES, by_chunks
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, LAYERS, RHO_G, YEARS, steps_a_year
+from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, LAYERS, RHO_G, YEARS, semi_implicit_stats, steps_a_year
 
 
 def scales(size, dtype):
@@ -772,11 +772,6 @@ def semi_implicit_adjoint(theta, data, size, work):
     work, cotangents = work
     loss, lnAb = semi_implicit_vjp_kernel(theta["lnA"], theta["H0"], data["B"], *work, *cotangents)
     return loss, {"lnA": lnAb, "H0": cotangents.X}
-
-
-def semi_implicit_stats(theta, data, size):
-    """Of the gradient."""
-    return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst}
 
 
 IMPLEMENTATION = {

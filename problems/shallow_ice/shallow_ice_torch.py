@@ -11,7 +11,18 @@ from torch.nn.functional import pad, softplus
 
 from backends.torch_backend import checkpointed, compiled
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, YEARS, cholesky, steps_a_year, substitute
+from problems.shallow_ice import (
+    A_MAX,
+    A_MIN,
+    BOX,
+    EPS,
+    RHO_G,
+    YEARS,
+    cholesky,
+    semi_implicit_stats,
+    steps_a_year,
+    substitute,
+)
 
 
 def avg_x(a):
@@ -245,11 +256,6 @@ def semi_implicit_checkpoint(theta, data, size):
 def semi_implicit_compile(theta, data, size):
     """Its assembly is compiled; the solve is a call of Python."""
     return semi_implicit(theta, data, size, partial(implicit_step, conductance=compiled(conductance)))
-
-
-def semi_implicit_stats(theta, data, size):
-    """Of the gradient in reverse mode."""
-    return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst}
 
 
 IMPLEMENTATION = {
