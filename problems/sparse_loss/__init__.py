@@ -88,6 +88,22 @@ def edges(tri):
     return np.stack([keys // n, keys % n], -1), edge.reshape(len(tri), 3)
 
 
+def gather(structure):
+    """The ends of the edges (2, edges), and the 0/1 matrix (3 triangles, edges) that takes what lies on edges to the edges
+    of the triangles; its transpose scatters. For libraries that differentiate a product, and no index array."""
+    ends, edge = edges(structure["tri"])
+    where = edge.T.ravel()
+    one = np.ones(len(where), structure["x"].dtype)
+    return ends.T, csr_array((one, (np.arange(len(where)), where)), (len(where), len(ends)))
+
+
+def incidence(structure, ends):
+    """(n, edges): its transpose takes nodes to differences along edges."""
+    (i, j), number, one = ends, np.arange(len(ends[0])), np.ones(len(ends[0]), structure["w"].dtype)
+    where = np.concatenate([j, i]), np.concatenate([number, number])
+    return csr_array((np.concatenate([one, -one]), where), (structure["w"].shape[0], len(number)))
+
+
 class Band(NamedTuple):
     """Where K over the inner nodes lies in LAPACK's upper band storage, an (inner, width + 1) array in C order."""
 

@@ -7,10 +7,10 @@ banded Cholesky has a rule over the solve alone, which keeps the factor. What ha
 
 import numpy as np
 import tangent
-from scipy.sparse import csr_array, sparray
+from scipy.sparse import sparray
 
 from problems import Implementation
-from problems.sparse_loss import band, cholesky, edges, substitute
+from problems.sparse_loss import band, cholesky, gather, incidence, substitute
 
 tangent.utils.register_init_grad(sparray, lambda M: 0.0)  # forward mode wants a tangent of every argument
 
@@ -129,27 +129,13 @@ def fem_solve(theta, data, size, work):
 
 
 def matvec_prepare(structure, size):
-    ends, gather = matrices(structure)
-    n, dtype = structure["w"].shape[0], structure["w"].dtype
-    i, j = ends
-    number = np.arange(len(i))
-    one = np.ones(len(i), dtype)
-    incidence = csr_array(
-        (np.concatenate([one, -one]), (np.concatenate([j, i]), np.concatenate([number, number]))), (n, len(i))
-    )
-    return ends, gather, incidence
-
-
-def matrices(structure):
-    ends, edge = edges(structure["tri"])
-    where = edge.T.ravel()
-    one = np.ones(len(where), structure["x"].dtype)
-    return ends.T, csr_array((one, (np.arange(len(where)), where)), (len(where), len(ends)))
+    ends, matrix = gather(structure)
+    return ends, matrix, incidence(structure, ends)
 
 
 def solve_prepare(structure, size):
-    ends, gather = matrices(structure)
-    return ends, gather, band(ends.T, structure["inner"], *structure["u_star"].shape), []
+    ends, matrix = gather(structure)
+    return ends, matrix, band(ends.T, structure["inner"], *structure["u_star"].shape), []
 
 
 IMPLEMENTATION = {
