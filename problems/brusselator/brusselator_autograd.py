@@ -61,11 +61,10 @@ def newton(F, J, w):
     raise diverged()
 
 
-def implicit(theta, data, size):
+def implicit(theta, data, size, L):
     """The state is a vector, U before V."""
-    u, A, B, alpha, dt, N = np.ravel(theta["u0"]), theta["A"], theta["B"], theta["alpha"], size.dt, size.N
+    u, A, B, alpha, dt = np.ravel(theta["u0"]), theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
-    L = lap_matrix(N).toarray().astype(u.dtype)
     M, push = np.eye(len(L), dtype=u.dtype) - dt * alpha * L, np.ravel(FORCING * data["disc"])
 
     def J(w):
@@ -91,8 +90,12 @@ def implicit(theta, data, size):
     return loss
 
 
+def implicit_prepare(structure, size):
+    return lap_matrix(size.N).toarray().astype(structure["u0"].dtype)
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs)},
     "imex": {"array": Implementation(imex)},
-    "implicit": {"array": Implementation(implicit)},
+    "implicit": {"array": Implementation(implicit, implicit_prepare)},
 }

@@ -216,10 +216,10 @@ def root(F, J, w):
     return w - solve(J, F(w))
 
 
-def implicit(theta, data, size, newton=newton, residual=residual, jacobian=jacobian):
+def implicit(theta, data, size, L, newton=newton, residual=residual, jacobian=jacobian):
     u, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
-    L = torch.as_tensor(lap_matrix(size.N).toarray(), dtype=u.dtype, device=u.device)
+    L = L.to(u.device)
     push = FORCING * data["disc"]
     zero, loss = torch.zeros_like(push), misfit(u)
     for n in range(1, saves * every + 1):
@@ -230,13 +230,17 @@ def implicit(theta, data, size, newton=newton, residual=residual, jacobian=jacob
     return loss
 
 
-def implicit_root(theta, data, size):
-    return implicit(theta, data, size, root)
+def implicit_root(theta, data, size, L):
+    return implicit(theta, data, size, L, root)
 
 
-def implicit_compile(theta, data, size):
+def implicit_compile(theta, data, size, L):
     """What is not LAPACK's, compiled."""
-    return implicit(theta, data, size, residual=compiled(residual), jacobian=compiled(jacobian))
+    return implicit(theta, data, size, L, residual=compiled(residual), jacobian=compiled(jacobian))
+
+
+def implicit_prepare(structure, size):
+    return torch.as_tensor(lap_matrix(size.N).toarray().astype(structure["u0"].dtype))
 
 
 IMPLEMENTATION = {
@@ -250,6 +254,8 @@ IMPLEMENTATION = {
         ),
     },
     "implicit": {
-        "array": Implementation(implicit, strategies={"implicit": implicit_root, "compile": implicit_compile}),
+        "array": Implementation(
+            implicit, implicit_prepare, strategies={"implicit": implicit_root, "compile": implicit_compile}
+        ),
     },
 }
