@@ -97,8 +97,8 @@ class Backend(ABC):
     programs: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # strategy -> compilers, of which it needs one
     # NumPy's and SciPy's modules -> the library's own, with which the statement is tried as it is; None: it takes no NumPy code
     namespace: ClassVar[Mapping[str, str] | None] = None
-    # strategies that run the loss for each entry of theta and compile nothing: two runs tell what the derivative will take
-    entrywise: ClassVar[tuple[str, ...]] = ()
+    # strategies that run the loss for each entry of theta and compile nothing -> in which numbers and how often
+    entrywise: ClassVar[Mapping[str, tuple[type, int]]] = {}
     all_cores: ClassVar[bool] = False  # whether a full run measures its main strategy on all processors, too
 
     @staticmethod

@@ -10,7 +10,7 @@ CBRT_EPS = np.finfo(float).eps ** (1 / 3)  # balances truncation h^2 against rou
 
 class NumPy(Backend):
     requires = ("numpy", "scipy")
-    entrywise = ("complex_step", "difference")
+    entrywise = {"complex_step": (complex, 1), "difference": (float, 2)}
 
     def __init__(self, device):
         pass

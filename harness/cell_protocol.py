@@ -59,8 +59,8 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
     on = tuple({name: backend.put(a.copy()) for name, a in arrays.items()} for arrays in (theta, data))
 
     stage("first call")
-    if spec["strategy"] in backend.entrywise:
-        check_affordable(bind(implementation.loss, size, None), on[0], on[1], spec)
+    if each := backend.entrywise.get(spec["strategy"]):
+        check_affordable(bind(implementation.loss, size, None), on[0], on[1], each, spec)
     began = time.perf_counter()
     derivative, work = prepared(backend, implementation, spec["strategy"], size, theta, data)
     out = backend.wait(derivative(*on))
@@ -267,15 +267,17 @@ def save(path: str, arrays: dict) -> None:
 # Rules of measurement
 
 
-def check_affordable(loss: Callable, theta: dict, data: dict, spec: dict) -> None:
-    """The loss, which compiles nothing, is run for each entry of theta: two runs tell whether the limit would break. They
-    stand before the clock of the first call, because they are the harness's own."""
-    took = min(clock(lambda: loss(theta, data), 1)[0] for _ in range(2))
+def check_affordable(loss: Callable, theta: dict, data: dict, each: tuple[type, int], spec: dict) -> None:
+    """The loss, which compiles nothing, is run so often for each entry of theta, in such numbers: two runs tell whether the
+    limit would break. They stand before the clock of the first call, because they are the harness's own."""
+    number, runs = each
+    at = {name: block + number(0) for name, block in theta.items()}
+    took = min(clock(lambda: loss(at, data), 1)[0] for _ in range(2))
     entries = sum(block.size for block in theta.values())
-    if entries * took > spec.get("limit_s", math.inf):
+    if entries * runs * took > spec.get("limit_s", math.inf):
         raise Timeout(
-            f"Not run: one primal takes {took:.2g} s, and each of the {entries} entries of theta needs at least one; "
-            f"the limit is {spec['limit_s']:.0f} s"
+            f"Not run: one {number.__name__} primal takes {took:.2g} s, and each of the {entries} entries of theta needs "
+            f"{runs}; the limit is {spec['limit_s']:.0f} s"
         )
 
 

@@ -34,7 +34,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(("small",), "main", False, budget=0.5, processes=1, limit=20.0),
+    "quick": Preset(("small",), "main", False, budget=0.3, processes=1, limit=20.0),
     "default": Preset(("small", "large"), "each", False, budget=0.5, processes=1, limit=60.0),
     "full": Preset(SIZES, "all", True, budget=2.0, processes=3, limit=600.0),
 }

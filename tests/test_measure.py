@@ -301,7 +301,7 @@ def test_entries_too_many_for_the_limit_are_a_timeout_after_two_primals(tree):
         *(f"brusselator.rhs/{name}/complex_step@N=200" for name in ("numpy", "other")), limit=10.0
     ):
         assert (found["status"], found["processes"]) == ("timeout", [])
-        said = r"Not run: one primal takes \S+ s, and each of the 80003 entries .* is 10 s\."
+        said = r"Not run: one complex primal takes \S+ s, and each of the 80003 entries of theta needs 1; .* is 10 s\."
         assert re.fullmatch(said, found["reason"])
 
 

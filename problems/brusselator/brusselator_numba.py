@@ -215,7 +215,9 @@ def radix(p, x, z, roots, y, v):
             for j in range(N):
                 ax[j] += bx[j] * c - bz[j] * s
                 az[j] += bx[j] * s + bz[j] * c
-    x[:], z[:] = y, v
+    for i in range(N):  # not x[:] = y, whose check of shapes takes Numba as long to compile as all of this
+        for j in range(N):
+            x[i, j], z[i, j] = y[i, j], v[i, j]
 
 
 @njit(fastmath=True)

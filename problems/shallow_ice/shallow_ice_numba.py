@@ -566,7 +566,7 @@ def corners(X, B, c, eps, K):
 def around(K, box):
     """The box of inner nodes that have ice around. Outside, nothing flows, and the matrix is the identity."""
     N = len(K) + 1
-    box[:] = N - 2, 1, N - 2, 1
+    box[::2], box[1::2] = N - 2, 1
     for i in range(N - 1):
         for j in range(N - 1):
             if K[i, j] > 0:
