@@ -281,7 +281,9 @@ def test_ctrl_c_among_the_references_ends_the_run_at_once(bowls, tmp_path):
     mark = tmp_path / "mark"
     bowls.edit("problems/bowl.py", "def bowl(theta, data, size):\n", STARTED.format(mark=str(mark)))
     bowls.edit("problems/bowl.py", "import numpy as np", "import time\nimport numpy as np")
-    process = bowls.start("-m", "harness", "run", "bowl*/numpy@tiny", "--preset", "quick", start_new_session=True)
+    words = "-m", "harness", "run", "bowl*/numpy@tiny", "--preset", "quick"
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731 - a shell's background job does not
+    process = bowls.start(*words, start_new_session=True, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -134,7 +134,8 @@ def test_make_reads_every_rule():
 
 
 def test_the_numbers_of_the_readmes_table_are_those_of_the_committed_ledgers():
-    rows = tables.frame([ledger.Run(path) for path in sorted((ROOT / "results" / "ledger").glob("*/*.jsonl"))])
+    listed = subprocess.run(["git", "ls-files", "results/ledger/*.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    rows = tables.frame([ledger.Run(ROOT / path) for path in sorted(listed.stdout.split())])
     rows = rows.loc[(rows.device == "cpu") & (rows.dtype == "float64") & (rows.threads == 1)]
     lines = re.findall(r"^\| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
     head, *body = [line.split(" | ") for line in lines]
