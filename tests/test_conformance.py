@@ -28,6 +28,8 @@ ODD = {
     "shallow_ice.semi_implicit": ("N=11,nst=4", "N=17,nst=7,A=9e-17"),
     "sparse_loss.fem_matvec": ("m=7,q=3", "m=10,q=5"),
     "sparse_loss.fem_solve": ("m=7,q=3", "m=10,q=5"),
+    "sparse_loss.tight_binding": ("nx=3,ny=5", "nx=2,ny=2"),
+    "sparse_loss.kpm": ("nx=5,ny=3,K=7", "nx=2,ny=3,K=2"),
 }
 
 

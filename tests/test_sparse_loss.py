@@ -7,8 +7,9 @@ from harness import processes
 from harness.cells import backend, cell, size_of
 from harness.reference import inputs
 from problems import BadSize, gold, sparse_loss, structure
-from problems.sparse_loss import TASKS, factorise, geometry, mesh, solution, stiffness
+from problems.sparse_loss import TASKS, factorise, geometry, lattice, mesh, slots, solution, stiffness
 
+FEM = ("fem_matvec", "fem_solve")
 SIZES = [dict(m=8), dict(m=5, q=3), dict(m=2), dict(m=3, q=8), dict(m=4, q=1)]
 
 
@@ -90,7 +91,7 @@ def test_mesh_and_matrix():
     assert np.abs((K - K.T).toarray()).max() < 1e-14
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", FEM)
 @pytest.mark.parametrize("keys", SIZES, ids=str)
 def test_numpy_forms_agree(task, keys):
     size = TASKS[task].at(**keys)
@@ -101,7 +102,7 @@ def test_numpy_forms_agree(task, keys):
             assert abs(losses[name] - losses["array"]) <= 1e-13 * abs(losses["array"]), name
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", FEM)
 @pytest.mark.parametrize("keys", [*SIZES, dict(m=23, q=3), dict(m=12, q=9)], ids=str)
 def test_adjoint_is_the_complex_step(task, keys):
     size = TASKS[task].at(**keys)
@@ -112,7 +113,7 @@ def test_adjoint_is_the_complex_step(task, keys):
     assert np.linalg.norm(gradient - reference) <= 1e-12 * np.linalg.norm(reference)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", FEM)
 def test_adjoint_along_a_direction(task):
     size = TASKS[task].at(m=48, q=5)
     direction = gold(25, 11)
@@ -120,7 +121,7 @@ def test_adjoint_along_a_direction(task):
     assert adjoint(task, size)[1] @ direction == pytest.approx(along, rel=1e-11)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", FEM)
 def test_float32_stays_float32(task):
     size = TASKS[task].at(m=8)
     theta, data = TASKS[task].inputs(size)
@@ -143,6 +144,69 @@ def test_banded_cholesky_is_the_sparse_lu():
     assert band.width == 6
     assert np.abs(sparse_loss.substitute(U, b) - expected).max() < 1e-14
     assert np.all(np.sort(np.stack([tri[:, [1, 2, 0]], tri[:, [2, 0, 1]]], -1), -1) == ends[edge])
+
+
+# The lattice
+
+HAMILTONIAN = [
+    ("tight_binding", 4, "35.51501377575", "-2.780219787208", "42.73909183886"),
+    ("tight_binding", 16, "555.4590844681", "142.2026643705", "159.5351241901"),
+    ("kpm", 4, "2.725149144101", "-11.84726479189", None),
+    ("kpm", 16, "2.657265428395", "-3.666705564716", None),
+]
+
+
+def adjoint_of_positions(task, size):
+    from problems.sparse_loss.sparse_loss_numba import IMPLEMENTATION
+
+    way = IMPLEMENTATION[task]["loops"]
+    theta, data = TASKS[task].inputs(size)
+    work = way.prepare(structure(theta, data), size)
+    loss, gradient = way.strategies["adjoint"](theta, data, size, work)
+    assert way.loss(theta, data, size, work) == pytest.approx(loss, rel=1e-15)
+    return loss, gradient["positions"].copy()
+
+
+@pytest.mark.parametrize(("task", "cells", "loss", "along", "norm"), HAMILTONIAN)
+def test_hamiltonian_of_the_catalogue(task, cells, loss, along, norm):
+    size = TASKS[task].at(nx=cells, ny=cells)
+    value, gradient = adjoint_of_positions(task, size)
+    assert printed(value, loss)
+    assert printed(np.sum(gradient * gold(gradient.size, 17).reshape(-1, 2)), along)
+    assert norm is None or printed(np.linalg.norm(gradient), norm)
+    assert np.abs(gradient.sum(0)).max() < 1e-12 * np.linalg.norm(gradient)
+
+
+@pytest.mark.parametrize("task", ["tight_binding", "kpm"])
+@pytest.mark.parametrize("keys", [dict(nx=2, ny=2), dict(nx=3, ny=5)], ids=str)
+def test_forms_and_adjoint_of_the_lattice(task, keys):
+    size = TASKS[task].at(**keys)
+    theta, data = TASKS[task].inputs(size)
+    loss, gradient = adjoint_of_positions(task, size)
+    direction = gold(gradient.size, 3).reshape(gradient.shape)
+    for form in TASKS[task].forms.values():
+        value = form({"positions": theta["positions"] + 1e-20j * direction}, data, size)
+        assert np.real(value) == pytest.approx(loss, rel=1e-13)
+        assert np.imag(value) / 1e-20 == pytest.approx(np.sum(gradient * direction), rel=1e-12)
+
+
+@pytest.mark.parametrize("keys", [dict(nx=2, ny=2), dict(nx=2, ny=5), dict(nx=4, ny=3)], ids=str)
+def test_bonds(keys):
+    """Three a site, no two between the same sites, all of the ideal length before the sites are displaced."""
+    size = TASKS["tight_binding"].at(**keys)
+    x, bonds, image = lattice(size)
+    n = len(x)
+    assert n == 4 * size.nx * size.ny and bonds.shape == image.shape == (3 * n // 2, 2)
+    assert np.all(np.bincount(bonds.ravel()) == 3)
+    assert len({frozenset(b) for b in bonds.tolist()}) == len(bonds)
+    ideal = x - 0.1 * sparse_loss.A * gold(2 * n).reshape(n, 2)
+    d = ideal[bonds[:, 1]] - ideal[bonds[:, 0]] + image * sparse_loss.box(size)
+    assert np.linalg.norm(d, axis=1) == pytest.approx(sparse_loss.A, rel=1e-12)
+    near, number, sign, place = slots(bonds)
+    here = np.arange(n)[:, None]
+    assert np.all(bonds[number, np.where(sign > 0, 1, 0)] == here)
+    assert np.all(bonds[number, np.where(sign > 0, 0, 1)] == near)
+    assert np.all(number.ravel()[place] == np.arange(len(bonds)))
 
 
 def test_no_inner_node_is_a_user_error():

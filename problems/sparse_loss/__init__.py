@@ -14,10 +14,23 @@ e2 = p1 - p0, kbar is the mean of k at their midpoints:
 K is symmetric and its rows sum to zero; over the inner nodes it is positive definite. theta = gold(q^2), the data are
 made at theta* = 2 gold(q^2, 101). All is dimensionless.
 
+The second matrix is a Hamiltonian: tight binding on graphene (Castro Neto et al., Rev. Mod. Phys. 81, 109, 2009), one
+orbital a site, with a hopping that decays with the length of a bond (Pereira et al., Phys. Rev. B 80, 045401, 2009), in
+units of Angstrom and eV. The sites are displaced; bonds are those of the ideal lattice, periodic:
+
+    H_ij = t(|x_j - x_i|) of each bond,    t(r) = -2.7 exp(-3.37 (r / a - 1)),    a = 1.42
+
+Lattice: nx x ny cells of 3 a by sqrt(3) a (first index slow), 4 sites each, 3 bonds a site; site k of n = 4 nx ny is
+displaced by 0.1 a gold(2 n).reshape(n, 2)[k]. The gradient is that of all positions; it sums to zero.
+
 Tasks
     fem_matvec    |K w - b|^2 / 2 over all nodes, w = gold(n, 7), b = K(theta*) w: gradient r^T (dK) w, r = K w - b.
     fem_solve     |u - u*|^2 / (2 n), n all nodes, K u = F over the inner nodes, u* the solution at theta*: gradient
                   -lam^T (dK) u with K lam = (u - u*) / n.
+    tight_binding |H x|^2 / 2, x = gold(n, 29): gradient y^T (dH) x, y = H x.
+    kpm           sum_k mu_k^2 / 2 of the moments mu_k = v . T_k(H / 9) v, k < K, of the kernel polynomial method (Weisse et
+                  al., Rev. Mod. Phys. 78, 275, 2006), v = gold(n, 3) / |gold(n, 3)|, T_k the Chebyshev polynomials by
+                  their recurrence: K - 1 products and, for the gradient, as many back.
 
 What they ask of AD: sums scattered through index arrays into a sparse type that most tools do not know; whatever hangs
 on coordinates or theta is computed in the call, so the tape holds the whole build. The adjoint of the solve is a second
@@ -36,10 +49,35 @@ from scipy.sparse.linalg import splu
 
 from problems import Task, gold
 
+A = 1.42  # length of a bond of the ideal lattice, Angstrom
+T0, BETA = -2.7, 3.37  # hopping at that length, eV, and its decay
+CELL = np.array([3 * A, 3**0.5 * A])
+BASIS = np.array([[0, 0], [A, 0], [1.5 * A, 3**0.5 * A / 2], [2.5 * A, 3**0.5 * A / 2]])
+BONDS = (
+    (0, 1, 0, 0),
+    (1, 2, 0, 0),
+    (1, 2, 0, -1),
+    (2, 3, 0, 0),
+    (3, 0, 1, 0),
+    (3, 0, 1, 1),
+)  # sites of a cell, of which cell
+HALF_WIDTH = 9.0  # H / 9 has its spectrum in [-1, 1]: 3 x 2.7 eV, and what the displacements add
+
 
 class Fem(NamedTuple):
     m: int
     q: int = 4
+
+
+class Lattice(NamedTuple):
+    nx: int
+    ny: int
+
+
+class Moments(NamedTuple):
+    nx: int
+    ny: int
+    K: int = 64
 
 
 def mesh(m):
@@ -65,6 +103,66 @@ def solve_inputs(size):
     x, tri, inner = mesh(size.m)
     u_star = solution(2 * gold(size.q**2, 101), x, tri, inner, size.q)
     return {"theta": gold(size.q**2)}, {"x": x, "tri": tri, "inner": inner, "u_star": u_star}
+
+
+def lattice(size):
+    """Displaced sites (n, 2), bonds (3 n / 2, 2) and in which image of the box the second end of each lies, (3 n / 2, 2)."""
+    nx, ny = size.nx, size.ny
+    cell = np.stack(np.meshgrid(np.arange(nx), np.arange(ny), indexing="ij"), -1).reshape(-1, 2)
+    site = (cell[:, None] * CELL + BASIS).reshape(-1, 2)
+    bonds, image = [], []
+    for i, j, *shift in BONDS:
+        there = cell + shift
+        image.append(there // (nx, ny))
+        x, y = (there % (nx, ny)).T
+        bonds.append(np.stack([4 * np.arange(len(cell)) + i, 4 * (ny * x + y) + j], 1))
+    return site + 0.1 * A * gold(site.size).reshape(site.shape), np.concatenate(bonds), np.concatenate(image)
+
+
+def box(size):
+    """The lengths of the periodic box, (2), Angstrom."""
+    return CELL * (size.nx, size.ny)
+
+
+def tight_binding_inputs(size):
+    x, bonds, image = lattice(size)
+    return {"positions": x}, {"bonds": bonds, "image": image, "x": gold(len(x), 29)}
+
+
+def kpm_inputs(size):
+    x, bonds, image = lattice(size)
+    v = gold(len(x), 3)
+    return {"positions": x}, {"bonds": bonds, "image": image, "v": v / np.sqrt(v @ v)}
+
+
+def slots(bonds):
+    """The three bonds of every site: the site at the other end of each (n, 3), its number (n, 3), whether it ends here (1)
+    or begins here (-1), (n, 3); and of every bond its two places in these, as flat indices (2, bonds). Integers alone.
+
+    Implementations hold H by its three numbers a row, so that a product gathers and scatters nothing.
+    """
+    ends = bonds.T.ravel()
+    order = np.argsort(ends, kind="stable")  # site by site, three of each
+    number, sign = order % len(bonds), np.repeat([-1, 1], len(bonds))[order]
+    near = np.concatenate([bonds[:, 1], bonds[:, 0]])[order]
+    place = np.empty(len(ends), int)
+    place[order] = np.arange(len(ends))
+    return *(a.reshape(-1, 3) for a in (near, number, sign)), place.reshape(2, -1)
+
+
+def slot_matrices(structure, of):
+    """The 0/1 matrices (3 n, n) and (3 n, bonds) that take sites and bonds to the places of H's entries row by row, and the one
+    (bonds, n) that takes sites to differences along bonds, for libraries as in `gather`; `of` names an array of sites."""
+    bonds, (shape, dtype) = structure["bonds"], structure[of]
+    near, number, *_ = (a.ravel() for a in slots(bonds)[:2])
+    n, many, places, one = *shape, len(bonds), np.arange(near.size), np.ones(near.size, dtype)
+    (i, j), edge = bonds.T, np.arange(many)
+    along = np.concatenate([edge, edge]), np.concatenate([j, i])
+    return (
+        csr_array((one, (places, near)), (near.size, n)),
+        csr_array((one, (places, number)), (near.size, many)),
+        csr_array((np.concatenate([one[:many], -one[:many]]), along), (many, n)),
+    )
 
 
 def pattern(tri):
@@ -200,6 +298,35 @@ def fem_solve(theta, data, size):
     return np.sum(r * r) / (2 * len(r))
 
 
+def hopping(x, bonds, image, size):
+    """t of every bond."""
+    i, j = bonds.T
+    d = x[j] - x[i] + image * box(size)
+    return T0 * np.exp(-BETA * (np.sqrt(np.sum(d * d, 1)) / A - 1))
+
+
+def hamiltonian(positions, bonds, image, size):
+    """H, CSR."""
+    (i, j), t = bonds.T, hopping(positions, bonds, image, size)
+    both = np.concatenate([t, t]), (np.concatenate([i, j]), np.concatenate([j, i]))
+    return coo_array(both, (len(positions), len(positions))).tocsr()
+
+
+def tight_binding(theta, data, size):
+    y = hamiltonian(theta["positions"], data["bonds"], data["image"], size) @ data["x"]
+    return np.sum(y * y) / 2
+
+
+def kpm(theta, data, size):
+    H, v = hamiltonian(theta["positions"], data["bonds"], data["image"], size) / HALF_WIDTH, data["v"]
+    before, now = v, H @ v
+    loss = (v @ before) ** 2 / 2
+    for _ in range(1, size.K):
+        loss += (v @ now) ** 2 / 2
+        before, now = now, 2 * (H @ now) - before
+    return loss
+
+
 # inplace: slices and buffers mutated
 
 
@@ -267,6 +394,54 @@ def fem_solve_inplace(theta, data, size):
     return r.sum() / (2 * len(r))
 
 
+def hopping_inplace(x, bonds, image, size):
+    i, j = bonds.T
+    d = x[j]
+    d -= x[i]
+    d += image * box(size)
+    d *= d
+    t = d[:, 0]
+    t += d[:, 1]
+    np.sqrt(t, out=t)
+    t /= A
+    t -= 1
+    t *= -BETA
+    np.exp(t, out=t)
+    t *= T0
+    return t
+
+
+def product_inplace(t, bonds, x, y):
+    """y = H x."""
+    i, j = bonds.T
+    y[:] = 0
+    np.add.at(y, i, t * x[j])
+    np.add.at(y, j, t * x[i])
+
+
+def tight_binding_inplace(theta, data, size):
+    t = hopping_inplace(theta["positions"], data["bonds"], data["image"], size)
+    y = np.empty(len(data["x"]), t.dtype)
+    product_inplace(t, data["bonds"], data["x"], y)
+    y *= y
+    return y.sum() / 2
+
+
+def kpm_inplace(theta, data, size):
+    t, v = hopping_inplace(theta["positions"], data["bonds"], data["image"], size), data["v"]
+    t /= HALF_WIDTH
+    before, now, y = v.astype(t.dtype), *np.empty((2, len(v)), t.dtype)
+    product_inplace(t, data["bonds"], v, now)
+    loss = (v @ before) ** 2 / 2
+    for _ in range(1, size.K):
+        loss += (v @ now) ** 2 / 2
+        product_inplace(t, data["bonds"], now, y)
+        y *= 2
+        y -= before
+        before, now, y = now, y, before
+    return loss
+
+
 # loops: scalar loops, mutated
 
 
@@ -319,8 +494,55 @@ def fem_solve_loops(theta, data, size):
     return loss / (2 * len(u_star))
 
 
+def hopping_loops(x, bonds, image, size):
+    t = np.empty(len(bonds), x.dtype)
+    Lx, Ly = box(size)
+    for e in range(len(bonds)):
+        i, j = bonds[e]
+        dx, dy = x[j, 0] - x[i, 0] + image[e, 0] * Lx, x[j, 1] - x[i, 1] + image[e, 1] * Ly
+        t[e] = T0 * np.exp(-BETA * (np.sqrt(dx * dx + dy * dy) / A - 1))
+    return t
+
+
+def product_loops(t, bonds, x, y):
+    y[:] = 0
+    for e in range(len(bonds)):
+        i, j = bonds[e]
+        y[i] += t[e] * x[j]
+        y[j] += t[e] * x[i]
+
+
+def tight_binding_loops(theta, data, size):
+    t = hopping_loops(theta["positions"], data["bonds"], data["image"], size)
+    y = np.empty(len(data["x"]), t.dtype)
+    product_loops(t, data["bonds"], data["x"], y)
+    loss = 0.0
+    for i in range(len(y)):
+        loss += y[i] * y[i]
+    return loss / 2
+
+
+def kpm_loops(theta, data, size):
+    t, v = hopping_loops(theta["positions"], data["bonds"], data["image"], size) / HALF_WIDTH, data["v"]
+    T = np.empty((size.K, len(v)), t.dtype)
+    T[0] = v
+    loss = 0.0
+    for k in range(size.K):
+        if k > 0:
+            product_loops(t, data["bonds"], T[k - 1], T[k])
+        if k > 1:
+            for i in range(len(v)):
+                T[k, i] = 2 * T[k, i] - T[k - 2, i]
+        mu = 0.0
+        for i in range(len(v)):
+            mu += v[i] * T[k, i]
+        loss += mu * mu / 2
+    return loss
+
+
 SIZES = {"tiny": Fem(8), "small": Fem(32), "large": Fem(128)}
 LOWER = {"m": 2}  # one inner node
+SMALLEST = {"nx": 2, "ny": 2}  # else two bonds join the same two sites
 
 TASKS = {
     "fem_matvec": Task(
@@ -342,5 +564,25 @@ TASKS = {
         gate32=1e-3,
         lower=LOWER,
         axis="m",
+    ),
+    "tight_binding": Task(
+        size=Lattice,
+        sizes={"tiny": Lattice(4, 4), "small": Lattice(16, 16), "large": Lattice(64, 64)},
+        inputs=tight_binding_inputs,
+        forms={"array": tight_binding, "inplace": tight_binding_inplace, "loops": tight_binding_loops},
+        gate=1e-10,
+        gate32=1e-4,
+        lower=SMALLEST,
+        axis="nx",
+    ),
+    "kpm": Task(
+        size=Moments,
+        sizes={"tiny": Moments(4, 4), "small": Moments(16, 16), "large": Moments(64, 64)},
+        inputs=kpm_inputs,
+        forms={"array": kpm, "inplace": kpm_inplace, "loops": kpm_loops},
+        gate=1e-10,
+        gate32=1e-4,
+        lower=SMALLEST | {"K": 2},  # mu_0 = 1
+        axis="nx",
     ),
 }

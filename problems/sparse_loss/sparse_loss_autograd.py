@@ -9,7 +9,19 @@ import autograd.numpy as np
 from autograd.extend import defvjp, primitive
 
 from problems import Implementation
-from problems.sparse_loss import band, cholesky, gather, incidence, substitute
+from problems.sparse_loss import (
+    BETA,
+    HALF_WIDTH,
+    T0,
+    A,
+    band,
+    box,
+    cholesky,
+    gather,
+    incidence,
+    slot_matrices,
+    substitute,
+)
 
 
 @primitive
@@ -104,6 +116,35 @@ def fem_solve(theta, data, size, work):
     return np.dot(r, r) / (2 * len(r))
 
 
+def hopping(x, image, along, size):
+    """t of every bond; along (bonds, n) takes sites to differences."""
+    d = times(along, x) + image * box(size)
+    return T0 * np.exp(-BETA * (np.sqrt(np.sum(d * d, 1)) / A - 1))
+
+
+def row_by_row(H, near, x):
+    """H x; near (3 n, n) takes sites to the places of H's entries, (n, 3)."""
+    return np.sum(H * np.reshape(times(near, x), H.shape), 1)
+
+
+def tight_binding(theta, data, size, work):
+    near, number, along = work
+    H = np.reshape(times(number, hopping(theta["positions"], data["image"], along, size)), (-1, 3))
+    y = row_by_row(H, near, data["x"])
+    return np.dot(y, y) / 2
+
+
+def kpm(theta, data, size, work):
+    (near, number, along), v = work, data["v"]
+    H = np.reshape(times(number, hopping(theta["positions"], data["image"], along, size)), (-1, 3)) / HALF_WIDTH
+    before, now = v, row_by_row(H, near, v)
+    loss = np.dot(v, v) ** 2 / 2
+    for _ in range(1, size.K):
+        loss = loss + np.dot(v, now) ** 2 / 2
+        before, now = now, 2 * row_by_row(H, near, now) - before
+    return loss
+
+
 def matvec_prepare(structure, size):
     ends, matrix = gather(structure)
     return ends, matrix, incidence(structure, ends)
@@ -114,7 +155,17 @@ def solve_prepare(structure, size):
     return ends, matrix, band(ends.T, structure["inner"], *structure["u_star"].shape)
 
 
+def tight_binding_prepare(structure, size):
+    return slot_matrices(structure, "x")
+
+
+def kpm_prepare(structure, size):
+    return slot_matrices(structure, "v")
+
+
 IMPLEMENTATION = {
     "fem_matvec": {"array": Implementation(fem_matvec, matvec_prepare)},
     "fem_solve": {"array": Implementation(fem_solve, solve_prepare)},
+    "tight_binding": {"array": Implementation(tight_binding, tight_binding_prepare)},
+    "kpm": {"array": Implementation(kpm, kpm_prepare)},
 }

@@ -11,13 +11,16 @@ from numba import njit
 
 from backends.enzyme_backend import differentiable, output, scratch
 from problems import Implementation
-from problems.sparse_loss import band, edges
+from problems.sparse_loss import HALF_WIDTH, band, box, edges, slots
 from problems.sparse_loss.sparse_loss_jax import solve
 from problems.sparse_loss.sparse_loss_numba import (
     BLOCK,
     coefficients,
     conductivity,
+    hopping,
     load,
+    moments,
+    product,
     residual,
     stiffness,
 )
@@ -90,7 +93,53 @@ def solve_prepare(structure, size):
     return mesh, b.slot[mesh[1]].astype(np.int32), b, {}
 
 
+# The lattice
+
+
+@njit
+def hamiltonian(x, bonds, image, L, scale, place, buffers):
+    bits = np.empty(BLOCK, np.int64)
+    d, r, t, H = buffers
+    hopping(x, bonds, image, L[0], L[1], scale, place, bits, bits.view(np.float64), d, r, t, H)
+    return H.reshape(-1, 3)
+
+
+@njit
+def tight_binding_kernel(positions, bonds, image, x, L, near, place, buffers, y):
+    return product(near, hamiltonian(positions, bonds, image, L, 1.0, place, buffers), x, y)
+
+
+@njit
+def kpm_kernel(positions, bonds, image, v, L, near, place, buffers, T, mu):
+    return moments(near, hamiltonian(positions, bonds, image, L, 1 / HALF_WIDTH, place, buffers), v, T, mu)
+
+
+def tight_binding(theta, data, size, work):
+    x, (near, place) = theta["positions"], work
+    lattice = x, data["bonds"], data["image"], data["x"], tuple(box(size)), near, place
+    return differentiable(tight_binding_kernel)(*lattice, lattice_buffers(place, x.dtype), scratch(len(near), x.dtype))
+
+
+def kpm(theta, data, size, work):
+    x, (near, place) = theta["positions"], work
+    lattice = x, data["bonds"], data["image"], data["v"], tuple(box(size)), near, place
+    T, mu = scratch((size.K, len(near)), x.dtype), scratch(size.K, x.dtype)
+    return differentiable(kpm_kernel)(*lattice, lattice_buffers(place, x.dtype), T, mu)
+
+
+def lattice_buffers(place, dtype):
+    bonds = place.shape[1]
+    return tuple(scratch(shape, dtype) for shape in ((2, bonds), bonds, bonds, 2 * bonds))
+
+
+def lattice_prepare(structure, size):
+    near, _, _, place = slots(structure["bonds"])
+    return near.astype(np.int32), place.astype(np.int32)
+
+
 IMPLEMENTATION = {
     "fem_matvec": {"loops": Implementation(fem_matvec, matvec_prepare)},
     "fem_solve": {"loops": Implementation(fem_solve, solve_prepare)},
+    "tight_binding": {"loops": Implementation(tight_binding, lattice_prepare)},
+    "kpm": {"loops": Implementation(kpm, lattice_prepare)},
 }

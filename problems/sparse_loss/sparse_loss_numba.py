@@ -6,6 +6,9 @@ v = u of the two solves, the cotangent of K_ij is (lam_i - lam_j) (v_i - v_j).
 
 The solve is LAPACK's banded Cholesky, factorised once and used for u and for lam. SciPy's SuperLU (minimum degree,
 symmetric mode) takes 10, 5 and 2.5 times as long at m = 8, 32, 128.
+
+H is three numbers a row, so that a product only gathers. The moments' adjoint is the recurrence of their own polynomials
+run backward, b_k = mu_k v + 2 H b_(k+1) - b_(k+2), and what each step adds to the cotangent of H is summed beside it.
 """
 
 from math import factorial, pi
@@ -17,7 +20,7 @@ from scipy.linalg import LinAlgError, get_lapack_funcs
 
 from backends.numba_backend import LANES, by_chunks
 from problems import Implementation
-from problems.sparse_loss import band, edges
+from problems.sparse_loss import BETA, HALF_WIDTH, T0, A, band, box, edges, slots
 
 BLOCK = 128  # edges at a time: their 2 q cosines stay in the first cache, and the inner loops are SIMD
 SIN = tuple((-1) ** n * pi ** (2 * n + 1) / factorial(2 * n + 1) for n in range(11))
@@ -461,6 +464,212 @@ def solve_prepare(structure, size):
     return work, solve, get_lapack_funcs(("pbtrf", "pbtrs"), dtype=dtype), np.empty(structure["theta"].shape, dtype)
 
 
+# The lattice
+
+
+class Bonds(NamedTuple):
+    near: np.ndarray  # (n, 3) the site at the other end of each bond of a site, int32 as all indices here
+    number: np.ndarray  # (n, 3) which bond that is
+    sign: np.ndarray  # (n, 3) whether it ends here, 1, or begins here, -1
+    place: np.ndarray  # (2, bonds) where a bond's ends lie in (n, 3), flat
+    bits: np.ndarray  # (BLOCK) 2^n as an integer
+    power: np.ndarray  # (BLOCK) the same memory as a float
+    d: np.ndarray  # (2, bonds) x_j - x_i, then the force along it
+    r: np.ndarray  # (bonds) its length
+    t: np.ndarray  # (bonds), scaled
+    H: np.ndarray  # (n, 3)
+    Hb: np.ndarray  # (n, 3) the cotangent of H at each end by itself
+
+
+@njit(fastmath=True)
+def hopping(x, bonds, image, Lx, Ly, scale, place, bits, power, d, r, t, H):
+    """t of every bond, and scale t at both its ends in H, which is flat."""
+    for start in range(0, len(bonds), BLOCK):
+        end = min(start + BLOCK, len(bonds))
+        pair, cells, dx, dy = bonds[start:end], image[start:end], d[0, start:end], d[1, start:end]
+        length, s = r[start:end], t[start:end]
+        for e in range(len(pair)):
+            i, j = pair[e, 0], pair[e, 1]
+            dx[e] = x[j, 0] - x[i, 0] + cells[e, 0] * Lx
+            dy[e] = x[j, 1] - x[i, 1] + cells[e, 1] * Ly
+        for e in range(len(pair)):
+            length[e] = np.sqrt(dx[e] * dx[e] + dy[e] * dy[e])
+            s[e] = BETA - BETA / A * length[e]
+        exp(s, bits, power)
+    for e in range(len(bonds)):
+        t[e] *= scale * T0
+        H[place[0, e]] = H[place[1, e]] = t[e]
+
+
+@njit(fastmath=True)
+def hopping_vjp(number, sign, place, d, r, t, Hb, xb):
+    """The cotangent of the positions from that of H, which Hb, flat, holds at each end by itself."""
+    fx, fy = d
+    for e in range(len(t)):
+        f = -BETA / A * (Hb[place[0, e]] + Hb[place[1, e]]) * t[e] / r[e]
+        fx[e] *= f
+        fy[e] *= f
+    for i in range(len(xb)):
+        x = y = 0.0
+        for s in range(3):
+            x += sign[i, s] * fx[number[i, s]]
+            y += sign[i, s] * fy[number[i, s]]
+        xb[i, 0], xb[i, 1] = x, y
+
+
+@njit(fastmath=True)
+def product(near, H, x, y):
+    """y = H x; returns |y|^2 / 2."""
+    total = 0.0 * x[0]
+    for i in range(len(x)):
+        y[i] = H[i, 0] * x[near[i, 0]] + H[i, 1] * x[near[i, 1]] + H[i, 2] * x[near[i, 2]]
+        total += y[i] * y[i]
+    return total / 2
+
+
+@njit(fastmath=True)
+def product_vjp(near, x, y, Hb):
+    for i in range(len(x)):
+        for s in range(3):
+            Hb[i, s] = y[i] * x[near[i, s]]
+
+
+@njit(fastmath=True)
+def chebyshev_step(near, H, x, before, v, y):
+    """y = 2 H x - before; returns <v, y>."""
+    total = 0.0 * x[0]
+    for i in range(len(x)):
+        z = 2 * (H[i, 0] * x[near[i, 0]] + H[i, 1] * x[near[i, 1]] + H[i, 2] * x[near[i, 2]]) - before[i]
+        y[i] = z
+        total += v[i] * z
+    return total
+
+
+@njit(fastmath=True)
+def chebyshev_vjp(near, H, x, b, mu, v, after, Hb):
+    """after = mu v + 2 H b - after, which is b of the step before; and what this one, y = 2 H x - .., adds to Hb."""
+    for i in range(len(x)):
+        j, k, l, c = near[i, 0], near[i, 1], near[i, 2], 2 * b[i]
+        after[i] = mu * v[i] + 2 * (H[i, 0] * b[j] + H[i, 1] * b[k] + H[i, 2] * b[l]) - after[i]
+        Hb[i, 0] += c * x[j]
+        Hb[i, 1] += c * x[k]
+        Hb[i, 2] += c * x[l]
+
+
+@njit(fastmath=True)
+def dot(x, y):
+    total = 0.0 * x[0]
+    for i in range(len(x)):
+        total += x[i] * y[i]
+    return total
+
+
+@njit
+def moments(near, H, v, T, mu):
+    """T_k v of all k, or of the latest three where T has no more, and the moments; returns the loss."""
+    m = len(T)
+    for i in range(len(v)):
+        T[0, i] = v[i]
+    product(near, H, v, T[1])
+    mu[0], mu[1] = dot(v, v), dot(v, T[1])
+    for k in range(2, len(mu)):
+        mu[k] = chebyshev_step(near, H, T[(k - 1) % m], T[(k - 2) % m], v, T[k % m])
+    return dot(mu, mu) / 2
+
+
+@njit
+def moments_vjp(near, H, v, T, mu, b, after, Hb):
+    """The cotangent of H at each end by itself."""
+    Hb[:] = 0.0
+    for i in range(len(v)):
+        b[i], after[i] = mu[-1] * v[i], 0.0
+    for k in range(len(mu) - 1, 1, -1):
+        chebyshev_vjp(near, H, T[k - 1], b, mu[k - 1], v, after, Hb)
+        b, after = after, b
+    for i in range(len(v)):
+        for s in range(3):
+            Hb[i, s] += b[i] * v[near[i, s]]
+
+
+def build_hamiltonian(theta, data, size, scale, w):
+    hopping(
+        theta["positions"],
+        data["bonds"],
+        data["image"],
+        *box(size),
+        scale,
+        w.place,
+        w.bits,
+        w.power,
+        w.d,
+        w.r,
+        w.t,
+        w.H.reshape(-1),
+    )
+
+
+def build_hamiltonian_vjp(w, xb):
+    hopping_vjp(w.number, w.sign, w.place, w.d, w.r, w.t, w.Hb.reshape(-1), xb)
+    return {"positions": xb}
+
+
+def tight_binding(theta, data, size, work):
+    w, y, _ = work
+    build_hamiltonian(theta, data, size, 1.0, w)
+    return product(w.near, w.H, data["x"], y)
+
+
+def tight_binding_adjoint(theta, data, size, work):
+    w, y, xb = work
+    loss = tight_binding(theta, data, size, work)
+    product_vjp(w.near, data["x"], y, w.Hb)
+    return loss, build_hamiltonian_vjp(w, xb)
+
+
+def kpm(theta, data, size, work):
+    w, T, mu, _, _ = work
+    build_hamiltonian(theta, data, size, 1 / HALF_WIDTH, w)
+    return moments(w.near, w.H, data["v"], T[:3], mu)
+
+
+def kpm_adjoint(theta, data, size, work):
+    w, T, mu, (b, after), xb = work
+    build_hamiltonian(theta, data, size, 1 / HALF_WIDTH, w)
+    loss = moments(w.near, w.H, data["v"], T, mu)
+    moments_vjp(w.near, w.H, data["v"], T, mu, b, after, w.Hb)
+    return loss, build_hamiltonian_vjp(w, xb)
+
+
+def lattice_prepare(structure):
+    dtype, bonds = structure["positions"].dtype, structure["bonds"]
+    near, number, sign, place = slots(bonds)
+    bits, many = np.empty(BLOCK, np.int64), len(bonds)
+    H, Hb = np.empty((2, *near.shape), dtype)
+    return Bonds(
+        *(a.astype(np.int32) for a in (near, number)),
+        sign=sign.astype(dtype),
+        place=place.astype(np.int32),
+        bits=bits,
+        power=bits.view(float),
+        d=np.empty((2, many), dtype),
+        r=np.empty(many, dtype),
+        t=np.empty(many, dtype),
+        H=H,
+        Hb=Hb,
+    )
+
+
+def tight_binding_prepare(structure, size):
+    shape, dtype = structure["positions"]
+    return lattice_prepare(structure), np.empty(shape[0], dtype), np.empty(shape, dtype)
+
+
+def kpm_prepare(structure, size):
+    shape, dtype = structure["positions"]
+    T, b = (np.empty((many, shape[0]), dtype) for many in (max(size.K, 3), 2))
+    return lattice_prepare(structure), T, np.empty(size.K, dtype), b, np.empty(shape, dtype)
+
+
 IMPLEMENTATION = {
     "fem_matvec": {
         "loops": Implementation(
@@ -472,4 +681,8 @@ IMPLEMENTATION = {
             fem_solve, solve_prepare, strategies={"adjoint": fem_solve_adjoint, "duals": fem_solve_duals}
         ),
     },
+    "tight_binding": {
+        "loops": Implementation(tight_binding, tight_binding_prepare, strategies={"adjoint": tight_binding_adjoint})
+    },
+    "kpm": {"loops": Implementation(kpm, kpm_prepare, strategies={"adjoint": kpm_adjoint})},
 }

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from problems import Implementation
-from problems.sparse_loss import band, cholesky, edges, substitute
+from problems.sparse_loss import BETA, HALF_WIDTH, T0, A, band, box, cholesky, edges, slots, substitute
 
 
 def coefficients(theta, q):
@@ -132,6 +132,35 @@ def fem_solve(theta, data, size, work):
     return torch.dot(r, r) / (2 * len(r))
 
 
+def hopping(x, bonds, image, size):
+    """t of every bond."""
+    d = x.index_select(0, bonds[:, 1]) - x.index_select(0, bonds[:, 0]) + image * x.new_tensor(box(size))
+    return T0 * torch.exp(-BETA * (torch.sqrt(torch.sum(d * d, 1)) / A - 1))
+
+
+def row_by_row(H, near, x):
+    """H x."""
+    return torch.sum(H * x.index_select(0, near).reshape(H.shape), 0)
+
+
+def tight_binding(theta, data, size, work):
+    near, number = work(data["x"].device)
+    t = hopping(theta["positions"], data["bonds"], data["image"], size)
+    y = row_by_row(t.index_select(0, number).reshape(3, -1), near, data["x"])
+    return torch.dot(y, y) / 2
+
+
+def kpm(theta, data, size, work):
+    near, number = work(data["v"].device)
+    t, v = hopping(theta["positions"], data["bonds"], data["image"], size) / HALF_WIDTH, data["v"]
+    H = t.index_select(0, number).reshape(3, -1)
+    T = [v, row_by_row(H, near, v)]
+    for _ in range(2, size.K):
+        T.append(2 * row_by_row(H, near, T[-1]) - T[-2])
+    mu = torch.stack(T) @ v
+    return torch.dot(mu, mu) / 2
+
+
 # inplace: buffers mutated
 
 
@@ -192,6 +221,11 @@ def solve_prepare(structure, size):
     return on_device(ends.T, edge.T, b.slot, b.ends.T), b
 
 
+def lattice_prepare(structure, size):
+    near, number, *_ = slots(structure["bonds"])
+    return on_device(near.T.ravel(), number.T.ravel())
+
+
 IMPLEMENTATION = {
     "fem_matvec": {
         "array": Implementation(fem_matvec, matvec_prepare),
@@ -201,4 +235,6 @@ IMPLEMENTATION = {
         "array": Implementation(fem_solve, solve_prepare, strategies={"custom_rule": fem_solve}),
         "inplace": Implementation(fem_solve_inplace, solve_prepare, strategies={"custom_rule": fem_solve_inplace}),
     },
+    "tight_binding": {"array": Implementation(tight_binding, lattice_prepare)},
+    "kpm": {"array": Implementation(kpm, lattice_prepare)},
 }
