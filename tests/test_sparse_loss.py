@@ -121,9 +121,9 @@ def test_adjoint_along_a_direction(task):
     assert adjoint(task, size)[1] @ direction == pytest.approx(along, rel=1e-11)
 
 
-@pytest.mark.parametrize("task", FEM)
+@pytest.mark.parametrize("task", TASKS)
 def test_float32_stays_float32(task):
-    size = TASKS[task].at(m=8)
+    size = TASKS[task].sizes["tiny"]
     theta, data = TASKS[task].inputs(size)
     loss = TASKS[task].forms["array"](theta, data, size)
     theta, data = ({k: a.astype("f4") if a.dtype.kind == "f" else a for k, a in d.items()} for d in (theta, data))

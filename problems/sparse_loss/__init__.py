@@ -106,7 +106,8 @@ def solve_inputs(size):
 
 
 def lattice(size):
-    """Displaced sites (n, 2), bonds (3 n / 2, 2) and in which image of the box the second end of each lies, (3 n / 2, 2)."""
+    """Displaced sites (n, 2), bonds (3 n / 2, 2) and in which image of the box the second end of each lies, (3 n / 2, 2), whole
+    numbers in float64, which multiply lengths."""
     nx, ny = size.nx, size.ny
     cell = np.stack(np.meshgrid(np.arange(nx), np.arange(ny), indexing="ij"), -1).reshape(-1, 2)
     site = (cell[:, None] * CELL + BASIS).reshape(-1, 2)
@@ -116,12 +117,16 @@ def lattice(size):
         image.append(there // (nx, ny))
         x, y = (there % (nx, ny)).T
         bonds.append(np.stack([4 * np.arange(len(cell)) + i, 4 * (ny * x + y) + j], 1))
-    return site + 0.1 * A * gold(site.size).reshape(site.shape), np.concatenate(bonds), np.concatenate(image)
+    return (
+        site + 0.1 * A * gold(site.size).reshape(site.shape),
+        np.concatenate(bonds),
+        np.concatenate(image).astype(float),
+    )
 
 
-def box(size):
+def box(size, dtype=float):
     """The lengths of the periodic box, (2), Angstrom."""
-    return CELL * (size.nx, size.ny)
+    return (CELL * (size.nx, size.ny)).astype(dtype)
 
 
 def tight_binding_inputs(size):
@@ -301,7 +306,7 @@ def fem_solve(theta, data, size):
 def hopping(x, bonds, image, size):
     """t of every bond."""
     i, j = bonds.T
-    d = x[j] - x[i] + image * box(size)
+    d = x[j] - x[i] + image * box(size, image.dtype)
     return T0 * np.exp(-BETA * (np.sqrt(np.sum(d * d, 1)) / A - 1))
 
 
@@ -318,7 +323,7 @@ def tight_binding(theta, data, size):
 
 
 def kpm(theta, data, size):
-    H, v = hamiltonian(theta["positions"], data["bonds"], data["image"], size) / HALF_WIDTH, data["v"]
+    H, v = hamiltonian(theta["positions"], data["bonds"], data["image"], size) * (1 / HALF_WIDTH), data["v"]
     before, now = v, H @ v
     loss = (v @ before) ** 2 / 2
     for _ in range(1, size.K):
@@ -398,7 +403,7 @@ def hopping_inplace(x, bonds, image, size):
     i, j = bonds.T
     d = x[j]
     d -= x[i]
-    d += image * box(size)
+    d += image * box(size, image.dtype)
     d *= d
     t = d[:, 0]
     t += d[:, 1]
@@ -496,7 +501,7 @@ def fem_solve_loops(theta, data, size):
 
 def hopping_loops(x, bonds, image, size):
     t = np.empty(len(bonds), x.dtype)
-    Lx, Ly = box(size)
+    Lx, Ly = box(size, image.dtype)
     for e in range(len(bonds)):
         i, j = bonds[e]
         dx, dy = x[j, 0] - x[i, 0] + image[e, 0] * Lx, x[j, 1] - x[i, 1] + image[e, 1] * Ly
@@ -571,7 +576,7 @@ TASKS = {
         inputs=tight_binding_inputs,
         forms={"array": tight_binding, "inplace": tight_binding_inplace, "loops": tight_binding_loops},
         gate=1e-10,
-        gate32=1e-4,
+        gate32=5e-4,
         lower=SMALLEST,
         axis="nx",
     ),
@@ -581,7 +586,7 @@ TASKS = {
         inputs=kpm_inputs,
         forms={"array": kpm, "inplace": kpm_inplace, "loops": kpm_loops},
         gate=1e-10,
-        gate32=1e-4,
+        gate32=2e-3,
         lower=SMALLEST | {"K": 2},  # mu_0 = 1
         axis="nx",
     ),

@@ -118,7 +118,7 @@ def fem_solve(theta, data, size, work):
 
 def hopping(x, image, along, size):
     """t of every bond; along (bonds, n) takes sites to differences."""
-    d = times(along, x) + image * box(size)
+    d = times(along, x) + image * box(size, image.dtype)
     return T0 * np.exp(-BETA * (np.sqrt(np.sum(d * d, 1)) / A - 1))
 
 

@@ -93,10 +93,10 @@ def fem_solve_newton(theta, data, size, work):
     return fem_solve(theta, data, size, work, newton)
 
 
-def hamiltonian(positions, size, work):
+def hamiltonian(positions, image, size, work):
     """Its three numbers a row, by columns."""
-    i, j, image, _, number = work
-    (x, y), (Lx, Ly), (cx, cy) = ca.horzsplit(positions.T), box(size), image
+    i, j, _, number = work
+    (x, y), (Lx, Ly), (cx, cy) = ca.horzsplit(positions.T), box(size), ca.horzsplit(image.T)
     dx, dy = x[j] - x[i] + cx * Lx, y[j] - y[i] + cy * Ly
     t = T0 * ca.exp(-BETA * (ca.sqrt(dx * dx + dy * dy) / A - 1))
     return [t[bond] for bond in number]
@@ -108,11 +108,11 @@ def row_by_row(H, near, x):
 
 
 def tight_binding(theta, data, size, work):
-    return ca.sumsqr(row_by_row(hamiltonian(theta["positions"], size, work), work.near, data["x"])) / 2
+    return ca.sumsqr(row_by_row(hamiltonian(theta["positions"], data["image"], size, work), work.near, data["x"])) / 2
 
 
 def kpm(theta, data, size, work):
-    H, v = [h / HALF_WIDTH for h in hamiltonian(theta["positions"], size, work)], data["v"]
+    H, v = [h / HALF_WIDTH for h in hamiltonian(theta["positions"], data["image"], size, work)], data["v"]
     before, now = v, row_by_row(H, work.near, v)
     loss = ca.dot(v, v) ** 2 / 2
     for _ in range(1, size.K):
@@ -124,15 +124,13 @@ def kpm(theta, data, size, work):
 class Bonds(NamedTuple):
     i: list  # the first end of every bond
     j: list  # the second
-    image: list  # (2) in which image of the box it lies
     near: list  # (3, n) the site at the other end of each bond of a site
     number: list  # (3, n) which bond that is
 
 
 def lattice_prepare(structure, size):
     (i, j), (near, number, *_) = structure["bonds"].T, slots(structure["bonds"])
-    image = [ca.DM(a.tolist()) for a in structure["image"].T]
-    return Bonds(i.tolist(), j.tolist(), image, near.T.tolist(), number.T.tolist())
+    return Bonds(i.tolist(), j.tolist(), near.T.tolist(), number.T.tolist())
 
 
 def prepare(structure, size):

@@ -183,7 +183,7 @@ def fem_matvec_bcoo(theta, data, size, work):
 def hopping(x, bonds, image, size):
     """t of every bond."""
     i, j = bonds.T
-    dx, dy = (x[j] - x[i] + image * box(size)).T
+    dx, dy = (x[j] - x[i] + image * box(size, image.dtype)).T
     return T0 * jnp.exp(-BETA * (jnp.sqrt(dx * dx + dy * dy) / A - 1))
 
 

@@ -134,7 +134,7 @@ def fem_solve(theta, data, size, work):
 
 def hopping(x, bonds, image, size):
     """t of every bond."""
-    d = x.index_select(0, bonds[:, 1]) - x.index_select(0, bonds[:, 0]) + image * x.new_tensor(box(size))
+    d = x.index_select(0, bonds[:, 1]) - x.index_select(0, bonds[:, 0]) + image * image.new_tensor(box(size))
     return T0 * torch.exp(-BETA * (torch.sqrt(torch.sum(d * d, 1)) / A - 1))
 
 
