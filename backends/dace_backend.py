@@ -1,7 +1,8 @@
 """DaCe (a beta: its reverse mode is experimental): loops as a dataflow graph, differentiated as a graph, compiled as C++.
 
 A loss returns its program, whose arguments are the blocks of theta, the arrays of data and the loss S (1); DaCe has no 0-d
-arrays, so a scalar comes as an array of one number. It adds to gradients, so they are zero before each call.
+arrays, so a scalar comes as an array of one number. It adds to gradients, so they are zero before each call. Whole arrays
+get through where no operation reads an array twice (u**3, not u * u * u) and no loop writes over what it read.
 """
 
 import os

@@ -5,12 +5,17 @@ Nothing is downloaded: what the environment installs is a wheel written here.
 
 import importlib.util
 import json
+import os
+import subprocess
 import sysconfig
 import zipfile
 
 import pytest
-from conftest import PLAIN, is_refusal, is_sentence
+from conftest import PLAIN, ROOT, is_refusal, is_sentence
 from test_extend import PENDULUM, SWING_TOY
+
+from harness.cells import backend
+from harness.environments import is_made, python
 
 GUEST = (
     PLAIN.replace('("numpy",)', '("guest-lib", "numpy")\n    env = "attic"\n    pins = ("guest-lib==1.0",)')
@@ -82,3 +87,39 @@ def test_a_cell_runs_in_the_environment_that_its_backend_names(guests):
 def test_an_environment_that_nobody_names_is_one_sentence(guests):
     said = is_refusal(guests.adphys("env", "create", "cellar"))
     assert "cellar" in said and "attic" in said
+
+
+# What the implementations in DaCe say of it. Where its environment is not made nobody can try.
+
+CUBE = """
+import dace, sys
+import numpy as np
+from backends.dace_backend import BACKEND
+
+@dace.program
+def product(u, S):
+    S[0] = np.sum(u * u * u)
+
+@dace.program
+def power(u, S):
+    S[0] = np.sum(u**3)
+
+theta = {"u": np.linspace(0.5, 1.5, 7).copy()}  # it takes no views
+try:
+    loss, gradient = BACKEND("cpu").reverse(lambda theta, data: globals()[sys.argv[1]])(theta, {})
+    print(np.abs(gradient["u"] - 3 * theta["u"] ** 2).max() < 1e-13)
+except AssertionError:
+    print("AssertionError")
+"""
+
+
+@pytest.mark.parametrize("program, said", [("power", "True"), ("product", "AssertionError")])
+def test_dace_reads_an_array_once_in_an_operation(program, said, tmp_path):
+    if not is_made(backend("dace")):
+        pytest.skip("the attempt needs the environment dace")
+    file = tmp_path / "cube.py"  # DaCe reads the source of a program
+    file.write_text(CUBE)
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    words = [python(backend("dace")), str(file), program]
+    done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [said], done.stderr
