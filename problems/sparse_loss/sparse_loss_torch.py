@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from backends.torch_backend import compiled
 from problems import Implementation
 from problems.sparse_loss import BETA, HALF_WIDTH, T0, A, band, box, cholesky, edges, slots, substitute
 
@@ -150,15 +151,23 @@ def tight_binding(theta, data, size, work):
     return torch.dot(y, y) / 2
 
 
-def kpm(theta, data, size, work):
+def chebyshev_step(H, near, now, before):
+    return 2 * row_by_row(H, near, now) - before
+
+
+def kpm(theta, data, size, work, step=chebyshev_step):
     near, number = work(data["v"].device)
     t, v = hopping(theta["positions"], data["bonds"], data["image"], size) / HALF_WIDTH, data["v"]
     H = t.index_select(0, number).reshape(3, -1)
     T = [v, row_by_row(H, near, v)]
     for _ in range(2, size.K):
-        T.append(2 * row_by_row(H, near, T[-1]) - T[-2])
+        T.append(step(H, near, T[-1], T[-2]))
     mu = torch.stack(T) @ v
     return torch.dot(mu, mu) / 2
+
+
+def kpm_compile(theta, data, size, work):
+    return kpm(theta, data, size, work, compiled(chebyshev_step))
 
 
 # inplace: buffers mutated
@@ -236,5 +245,5 @@ IMPLEMENTATION = {
         "inplace": Implementation(fem_solve_inplace, solve_prepare, strategies={"custom_rule": fem_solve_inplace}),
     },
     "tight_binding": {"array": Implementation(tight_binding, lattice_prepare)},
-    "kpm": {"array": Implementation(kpm, lattice_prepare)},
+    "kpm": {"array": Implementation(kpm, lattice_prepare, strategies={"compile": kpm_compile})},
 }
