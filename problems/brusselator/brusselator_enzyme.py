@@ -1,5 +1,9 @@
 """The Brusselator for Enzyme: the very loops of the hand-written adjoint's primal in Numba, and loops in C++.
 
+The reverse pass of a stencil is a scatter, the hand adjoint of rhs a gather: 225 us to 75 at N = 256. Of the 225 the call
+takes 8, the zeros that a scatter starts from 22, the primal 50 and the reverse pass 145, 32 if no cell had neighbours. Ten
+sums a cell go to memory, and may be those of the next cell: no SIMD. The same scatter by hand in Numba takes 340.
+
 Of imex the waves are had by products with Q, in the hand adjoint by an FFT where N allows: the ratio holds that, too.
 """
 
