@@ -160,23 +160,26 @@ def imex_cpp(theta, data, size):
 
 
 @njit
-def implicit_from_start(u0, A, B, c, disc, row, dt, steps, every, first, tolerance, states, P, F, x, y):
+def implicit_from_start(u0, A, B, c, disc, row, N, dt, steps, every, first, tolerance, states, P, F, x, y):
     """One Newton iteration more than the root asks for: the derivative of the iteration trails it."""
-    N = row.size
     states[:], P[:], F[:], x[:] = 0, 0, 0, 0
     for p in range(N):
         for j in range(N):
             states[0, p, j], states[0, p, N + j] = u0[0, row[p], j], u0[1, row[p], j]
-    loss, iterations = implicit_kernel(states, A, B, c, disc, row, dt, steps, every, first, tolerance, 1, P, F, x, y)
+    loss, iterations = implicit_kernel(states, A, B, c, disc, row, N, dt, steps, every, first, tolerance, 1, P, F, x, y)
     return loss if iterations > 0 else np.nan * loss
 
 
 def implicit(theta, data, size, work):
+    """N is an array, whose value LLVM does not know: it unrolls loops of 32 before it could make them SIMD, and at N = 8 the
+    primal takes 11 times as long then, the compiler twice; the gradient as long as here."""
     N, u0, (saves, every, first) = size.N, theta["u0"], clock(size)
     c = size.dt * theta["alpha"] * (N - 1) ** 2
     buffers = (scratch(b.shape, b.dtype) for b in (work.states[:2], work.P, work.F, work.x, work.y))
     fixed = size.dt, saves * every, every, first, float(np.sqrt(np.finfo(u0.dtype).eps))
-    return differentiable(implicit_from_start)(u0, theta["A"], theta["B"], c, data["disc"], work.row, *fixed, *buffers)
+    return differentiable(implicit_from_start)(
+        u0, theta["A"], theta["B"], c, data["disc"], work.row, jnp.asarray(N), *fixed, *buffers
+    )
 
 
 IMPLEMENTATION = {

@@ -519,9 +519,8 @@ def residual(w, u, A, B, c, force, disc, row, dt, F):
 
 
 @njit(fastmath=True)
-def invert(D):
+def invert(D, m):
     """D becomes its inverse, by Gauss and Jordan with row pivots: LAPACK takes 2.0, 1.3, 0.8 times as long at N = 8, 16, 32."""
-    m = len(D)
     row, column = np.empty(m, D.dtype), np.empty(m, D.dtype)
     swap = np.empty(m, np.uint64)  # Numba asks an index from memory for its sign, by which Enzyme cannot go
     for k in range(m):
@@ -582,7 +581,7 @@ def factorise(w, A, c, dt, N, P):
                     if at // 2 == b:
                         D[U, other + j] -= c
                         D[V, other + N + j] -= c
-        invert(D)
+        invert(D, 2 * m)
 
 
 @njit
@@ -618,9 +617,8 @@ def solve(P, c, b, x, y, transposed):
 
 
 @njit
-def newton(w, u, A, B, c, force, disc, row, dt, tolerance, more, P, F, x, y):
+def newton(w, u, A, B, c, force, disc, row, N, dt, tolerance, more, P, F, x, y):
     """w from its first guess u, until it stands and `more` times after; returns the iterations, 0 where they do not end."""
-    N = row.size
     for p in range(N):
         for j in range(2 * N):
             w[p, j] = u[p, j]
@@ -643,14 +641,14 @@ def newton(w, u, A, B, c, force, disc, row, dt, tolerance, more, P, F, x, y):
 
 
 @njit(fastmath=True)
-def implicit_kernel(states, A, B, c, disc, row, dt, steps, every, first, tolerance, more, P, F, x, y):
+def implicit_kernel(states, A, B, c, disc, row, N, dt, steps, every, first, tolerance, more, P, F, x, y):
     """The loss, and the iterations in all, 0 where they do not end; state n stays in states[n], as far as they reach."""
-    N, iterations = row.size, 0
+    iterations = 0
     loss = misfit(states[0, :N], 0 * A)
     for n in range(steps):
         u, w = states[n % len(states)], states[(n + 1) % len(states)]
         force = FORCING if n + 1 >= first else 0.0
-        k = newton(w, u, A, B, c, force, disc, row, dt, tolerance, more, P, F, x, y)
+        k = newton(w, u, A, B, c, force, disc, row, N, dt, tolerance, more, P, F, x, y)
         if k == 0:
             return loss, 0
         iterations += k
@@ -688,7 +686,7 @@ def implicit_primal(theta, data, size, work, states):
     states[0, :N] = theta["u0"][:, work.row].swapaxes(0, 1).reshape(N, 2 * N)
     tolerance, buffers = np.sqrt(np.finfo(dtype).eps), (work.P, work.F, work.x, work.y)
     loss, iterations = implicit_kernel(
-        states, A, B, c, data["disc"], work.row, size.dt, saves * every, every, first, tolerance, 0, *buffers
+        states, A, B, c, data["disc"], work.row, N, size.dt, saves * every, every, first, tolerance, 0, *buffers
     )
     if not iterations:
         raise diverged()
