@@ -172,7 +172,7 @@ def implicit_from_start(u0, A, B, c, disc, row, N, dt, steps, every, first, tole
 
 def implicit(theta, data, size, work):
     """N is an array, whose value LLVM does not know: it unrolls loops of 32 before it could make them SIMD, and at N = 8 the
-    primal takes 11 times as long then, the compiler twice; the gradient as long as here."""
+    primal takes 11 times as long then, compiling the gradient twice."""
     N, u0, (saves, every, first) = size.N, theta["u0"], clock(size)
     c = size.dt * theta["alpha"] * (N - 1) ** 2
     buffers = (scratch(b.shape, b.dtype) for b in (work.states[:2], work.P, work.F, work.x, work.y))
