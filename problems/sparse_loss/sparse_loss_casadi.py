@@ -113,11 +113,15 @@ def tight_binding(theta, data, size, work):
 
 def kpm(theta, data, size, work):
     H, v = [h / HALF_WIDTH for h in hamiltonian(theta["positions"], data["image"], size, work)], data["v"]
+    x, y, *h = (ca.MX.sym(name, v.numel()) for name in ("x", "y", "h0", "h1", "h2"))
+    step = ca.Function(
+        "step", [x, y, *h], [2 * row_by_row(h, work.near, x) - y]
+    )  # a call is compiled once, an expression 63 times
     before, now = v, row_by_row(H, work.near, v)
     loss = ca.dot(v, v) ** 2 / 2
     for _ in range(1, size.K):
         loss += ca.dot(v, now) ** 2 / 2
-        before, now = now, 2 * row_by_row(H, work.near, now) - before
+        before, now = now, step(now, before, *H)
     return loss
 
 
