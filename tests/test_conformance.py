@@ -105,8 +105,9 @@ def is_ok(result):
 @pytest.mark.parametrize("c", TINY, ids=lambda c: c.address)
 def test_every_cell_is_ok_or_says_why_not(c, quickly):
     status, reason = known_status(c)
-    if c.strategy == "compile" and not c.natural and not os.environ.get("ADPHYS_SLOW"):
-        pytest.skip("compiling a second form takes up to minutes; ADPHYS_SLOW=1 runs it")
+    main = c.strategy == backend(c.backend).strategies()[0]
+    if not (c.natural or main or os.environ.get("ADPHYS_SLOW")):
+        pytest.skip("a second form in a second strategy is a cell of the full preset alone; ADPHYS_SLOW=1 runs it")
     if status == "unsupported":
         if not is_made(backend(c.backend)):
             pytest.skip(f"the attempt needs the environment {backend(c.backend).env}")
