@@ -20,11 +20,19 @@ Tasks
            J = 1 - dt f'(w), sparse here, dense in `inplace` and `loops`. Once an update is below the root of the rounding
            unit the next is below the unit: w is the root then. Its derivative by the implicit function theorem is one
            solve with J; that of the iteration itself trails it by an iteration, so the statement makes one more.
+    ode    the paper's own problem, the solution of the differential equation itself: the same loss, samples by `save`, and
+           A, B and the alpha of either field different in every cell, 4 N^2 parameters, each times 1 + 2 spread gold. The
+           solver is a stiff one that chooses its steps (here SciPy's Radau, Hairer and Wanner's code), and stops where a
+           sample is taken and where the forcing sets in. How it steps is its own, rtol and atol are what it is asked for:
+           so a gradient is judged by the derivative of the solution, not of a program, and its error is a result. `exact`
+           has it by the adjoint equation, at 1e-11: l' = -f'(u)^T l, to which each sample adds u - 1, and dL/dp is the
+           integral of <l, df/dp>. The complex step of the statement is the other way: the variational equations.
 
 What they ask of AD: the thread's world 2. As loops: scalar code that mutates du and branches at the wrap; as arrays:
 seven shifted copies of the field. The whole derivative of rhs is a stencil again, so memory traffic is the measure. imex
 is "the middle": a long loop over buffers with a linear solve in it, an FFT that some tools cannot enter, and alpha inside
 the solve, so that dL/dalpha goes through S. With alpha = 10 the field is so smooth that dL/dalpha is 2e-4 of dL/dA.
+ode asks what to differentiate: the steps that a solver took, or the equation that it solved.
 """
 
 from math import ceil
@@ -32,6 +40,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import fft
+from scipy.integrate import solve_ivp
 from scipy.sparse import csc_array, eye_array, kron
 from scipy.sparse.linalg import splu
 
@@ -69,6 +78,19 @@ class Implicit(NamedTuple):
     save: float = 0.1
 
 
+class Ode(NamedTuple):
+    N: int
+    T: float = 1.0
+    alpha: float = 10.0
+    A: float = 3.4
+    B: float = 1.0
+    save: float = 0.1
+    rtol: float = 1e-7
+    atol: float = 1e-5
+    spread: float = 0.0
+    k0: int = 1
+
+
 def initial(N):
     """u0, (2, N, N)."""
     x = np.arange(N) / (N - 1)
@@ -104,6 +126,40 @@ def imex_check(size):
         if whole(x, y) is None:
             return f"{a}/{b} must be a whole number, {a}={x} and {b}={y} give {x / y:.6g}"
     return ""
+
+
+def ode_inputs(size):
+    N, means = size.N, {"A": size.A, "B": size.B, "alpha1": size.alpha, "alpha2": size.alpha}
+    factors = 1 + 2 * size.spread * gold(4 * N * N, size.k0).reshape(4, N, N)
+    theta = {name: mean * factor for (name, mean), factor in zip(means.items(), factors, strict=True)}
+    return theta, {"u0": initial(N), "disc": disc(N)}
+
+
+def ode_check(size):
+    for key in ("T", "save", "alpha", "rtol", "atol"):
+        if getattr(size, key) <= 0:
+            return f"{key}={getattr(size, key)} is not positive; give {key} above 0"
+    if not 0 <= size.spread < 1:
+        return f"spread={size.spread} lets alpha reach 0; give spread from 0 to below 1"
+    if whole(size.T, size.save) is None:
+        return f"T/save must be a whole number, T={size.T} and save={size.save} give {size.T / size.save:.6g}"
+    return ""
+
+
+class Pieces(NamedTuple):
+    """What an integrator runs through without a stop: to the next sample, or to where the forcing sets in."""
+
+    lengths: np.ndarray  # (pieces), as all
+    forced: np.ndarray  # 1 where the forcing acts, else 0
+    sampled: np.ndarray  # 1 where the end is sampled, else 0
+
+
+def pieces(size):
+    stops = size.save * np.arange(whole(size.T, size.save) + 1)
+    near = np.abs(stops - T_FORCING) <= 1e-9 * T_FORCING
+    stops[near] = T_FORCING
+    t = np.unique(np.append(stops, T_FORCING)) if size.T > T_FORCING else stops
+    return Pieces(np.diff(t), (t[:-1] >= T_FORCING).astype(float), np.isin(t[1:], stops).astype(float))
 
 
 def clock(size):
@@ -252,6 +308,92 @@ def implicit_states(theta, data, size):
 
 def implicit(theta, data, size):
     return sum(np.sum((1 - u) ** 2) / 2 for u in implicit_states(theta, data, size))
+
+
+def ode_states(theta, data, size):
+    """u at t = 0, save, ..., T. Of complex theta the imaginary part, over its scale h, is integrated beside the real one, to
+    the same tolerances: the variational equations, with no subtraction in them."""
+    A, B, N, shape = theta["A"], theta["B"], size.N, data["u0"].shape
+    alpha = np.stack([theta["alpha1"], theta["alpha2"]])
+    h = max(np.max(np.abs(np.imag(block))) for block in theta.values())
+    J = sparse(N)
+    diffusion = alpha.real.ravel()[J.indices] * J.lap
+
+    def unpacked(y):
+        return (
+            y.reshape(shape) if h == 0 else y[: y.size // 2].reshape(shape) + 1j * h * y[y.size // 2 :].reshape(shape)
+        )
+
+    def packed(u):
+        return u.ravel() if h == 0 else np.concatenate([u.real.ravel(), u.imag.ravel() / h])
+
+    def f(t, y, force):
+        u = unpacked(y)
+        return packed(reaction(u, A, B, force) + alpha * lap(u, N))
+
+    def jacobian(t, y, force):
+        u = unpacked(y).real
+        df = J.matrix(diffusion + reaction_diagonals(u, A.real.ravel())[J.place])
+        return df if h == 0 else kron(eye_array(2), df, "csc")
+
+    u = data["u0"]
+    yield u
+    for length, forced, sampled in zip(*pieces(size), strict=True):
+        force = FORCING * data["disc"] * forced
+        tolerances = {"rtol": size.rtol, "atol": size.atol}
+        done = solve_ivp(f, (0, length), packed(u), "Radau", [length], args=(force,), jac=jacobian, **tolerances)
+        if not done.success:
+            raise stiff()
+        u = unpacked(done.y[:, -1])
+        if sampled:
+            yield u
+
+
+def stiff():
+    return Diverged("The solver's step became too small for the tolerance; give a larger rtol or atol.")
+
+
+def ode(theta, data, size):
+    return sum(np.sum((1 - u) ** 2) / 2 for u in ode_states(theta, data, size))
+
+
+def exact(theta, data, size, tolerance=1e-11):
+    """The loss of the solution itself and its gradient, by the adjoint equation: explicit, of order 8 (DOP853), so that
+    the stability of diffusion, not the tolerance, sets the steps. On the way back each piece is solved once more, dense."""
+    A, B, shape = theta["A"], theta["B"], data["u0"].shape
+    alpha, L = np.stack([theta["alpha1"], theta["alpha2"]]), lap_matrix(size.N).tocsr()
+
+    def diffusion(u):
+        return (L @ u.ravel()).reshape(shape)
+
+    def f(t, u, force):
+        u = u.reshape(shape)
+        return (reaction(u, A, B, force) + alpha * diffusion(u)).ravel()
+
+    def back(t, y, u):
+        l, (U, V) = y.reshape(6, *shape[1:])[:2], u(t).reshape(shape)
+        p, q = l
+        d = p - q
+        lb = np.stack([(2 * U * V - A) * d - p, U * U * d]) + diffusion(alpha * l)
+        return -np.concatenate([lb, [-U * d, p], l * diffusion(np.stack([U, V]))]).ravel()
+
+    def solve(f, t, y, given, **options):
+        tolerances = {"rtol": tolerance, "atol": tolerance, "first_step": 1e-6 * abs(t[1] - t[0])}  # u0 is off balance
+        return solve_ivp(f, t, y.ravel(), "DOP853", args=(given,), **tolerances, **options)
+
+    course = [(t, FORCING * data["disc"] * forced, sampled) for t, forced, sampled in zip(*pieces(size), strict=True)]
+    states = [data["u0"]]
+    for t, force, _ in course:
+        states.append(solve(f, (0, t), states[-1], force, t_eval=[t]).y.reshape(shape))
+    y = np.zeros((6, *shape[1:]))
+    loss = np.sum((1 - states[0]) ** 2) / 2
+    for (t, force, sampled), u0, u1 in zip(course[::-1], states[-2::-1], states[:0:-1], strict=True):
+        if sampled:
+            loss += np.sum((1 - u1) ** 2) / 2
+            y[:2] += u1 - 1
+        u = solve(f, (0, t), u0, force, dense_output=True).sol
+        y = solve(back, (t, 0), y, u, t_eval=[0]).y.reshape(y.shape)
+    return loss, dict(zip(theta, y[2:], strict=True))
 
 
 # inplace: slices and buffers mutated
@@ -516,5 +658,22 @@ TASKS = {
         lower={"N": 3},
         check=imex_check,
         sweep=({"N": 6}, {"N": 12}, {"N": 24}, {"N": 32}),
+    ),
+    "ode": Task(
+        size=Ode,
+        sizes={
+            "tiny": Ode(4, T=1.2, save=1.2, rtol=1e-4, atol=1e-4, spread=0.5),
+            "small": Ode(8, spread=0.5),
+            "large": Ode(17, spread=0.5),
+        },
+        inputs=ode_inputs,
+        forms={"array": ode},
+        exact=exact,
+        reference="continuous",
+        gate=0.1,
+        gate32=0.1,
+        lower={"N": 3, "k0": 0},
+        check=ode_check,
+        sweep=({"N": 5}, {"N": 12}, {"N": 32}),
     ),
 }
