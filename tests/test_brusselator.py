@@ -143,6 +143,92 @@ def test_ode_exact_against_the_variational_equations():
         assert abs(off) <= 1e-7 * np.linalg.norm(gradient[name]) * np.linalg.norm(direction)
 
 
+def relative(gradient, exact):
+    """The error over all entries, and that of the worst block."""
+    off, norm = (
+        {name: np.linalg.norm(block - less[name]) for name, block in exact.items()}
+        for less in (gradient, dict.fromkeys(exact, 0))
+    )
+    return np.linalg.norm([*off.values()]) / np.linalg.norm([*norm.values()]), max(
+        off[name] / norm[name] for name in exact
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "most_block"),
+    [
+        (Ode(5), 7e-5, 1e-3),
+        (Ode(3, spread=0.5, k0=8), 7e-5, 1e-3),
+        (Ode(6, T=1.5, save=0.5, spread=0.5, k0=5), 7e-5, 1e-3),
+        (Ode(4, T=1.2, save=0.3, alpha=0.1, spread=0.9, k0=3), 7e-5, 1e-3),
+        (
+            Ode(4, T=1.2, save=0.4, spread=0.5, rtol=1e-11, atol=1e-9),
+            1e-8,
+            1e-7,
+        ),  # the adjoint is that of the steps taken
+    ],
+)
+def test_ode_adjoint(size, most, most_block):
+    theta, data = brusselator.ode_inputs(size)
+    loss, exact = brusselator.exact(theta, data, size)
+    value, gradient = adjoint("ode", size)
+    total, worst = relative(gradient, exact)
+    assert value == pytest.approx(loss, rel=most) and total <= most and worst <= most_block
+
+
+def test_ode_adjoint_where_the_alphas_differ_most():
+    size = Ode(5, spread=0.5)
+    theta, data = brusselator.ode_inputs(size)
+    theta |= {"alpha1": theta["alpha1"] / 10 + 0.5, "alpha2": theta["alpha2"] + 15}  # 1..2 and 20..30
+    implementation = brusselator_numba.IMPLEMENTATION["ode"]["loops"]
+    work = implementation.prepare(structure(theta, data), size)
+    _, gradient = implementation.strategies["adjoint"](theta, data, size, work)
+    total, worst = relative(gradient, brusselator.exact(theta, data, size)[1])
+    assert total <= 7e-5 and worst <= 1e-3
+
+
+def test_what_ode_counts():
+    """Uniform parameters are solved by the preconditioner; others by few iterations."""
+    stats = brusselator_numba.IMPLEMENTATION["ode"]["loops"].stats
+    same, spread = (stats(*brusselator.ode_inputs(size), size) for size in (Ode(8), Ode(8, spread=0.5)))
+    for found in (same, spread):
+        assert found["linear_solves"] == 5 * (found["steps"] + found["rejected"])
+        assert found["rhs_calls"] == found["linear_solves"] + found["steps"]
+    assert same["cg_iterations"] == 0 < spread["cg_iterations"] <= 4 * spread["linear_solves"]
+
+
+def test_what_ode_cannot_solve(monkeypatch):
+    with pytest.raises(Diverged, match="step became too small for the tolerance"):
+        adjoint("ode", Ode(5, B=1e80))
+    with monkeypatch.context() as patch:
+        patch.setattr(brusselator_numba, "MOST_STEPS", 10)
+        with pytest.raises(Diverged, match="did not get there in 100000 steps; give a larger rtol"):
+            adjoint("ode", Ode(5, rtol=1e-11, atol=1e-9))
+
+    def failed(*arguments):  # of itself it never was
+        *_, counts = arguments
+        counts[0] = brusselator_numba.CG_FAILED
+
+    monkeypatch.setattr(brusselator_numba, "ode_kernel", failed)
+    with pytest.raises(Diverged, match="Conjugate gradients did not converge in 100 iterations"):
+        adjoint("ode", Ode(5, spread=0.5))
+
+
+def test_the_tableau():
+    """Its order conditions, as Kennedy and Carpenter have them: to order 3 all, of order 4 those without coupling."""
+    E, I, b, error = brusselator.kencarp4()  # noqa: E741
+    c = E.sum(1)
+    assert np.allclose(c, [0, 1 / 2, 83 / 250, 31 / 50, 17 / 20, 1], atol=1e-12) and np.allclose(
+        I.sum(1), c, atol=1e-12
+    )
+    for order, weights in ((4, b), (3, b - error)):
+        assert np.allclose([weights @ c**k for k in range(order)], [1 / (k + 1) for k in range(order)], atol=1e-12)
+        assert np.allclose([weights @ M @ c for M in (E, I)], 1 / 6, atol=1e-12)
+    for M in (E, I):
+        assert np.allclose([b * c @ M @ c, b @ M @ c**2], [1 / 8, 1 / 12], atol=1e-12)
+        assert np.allclose([b @ M @ K @ c for K in (E, I)], 1 / 24, atol=1e-12)
+
+
 def test_the_parameters_of_ode():
     """4 N^2 of them, spread in the order of the blocks."""
     theta, data = brusselator.ode_inputs(Ode(3, A=2.9, B=1.3, alpha=0.1, spread=0.5, k0=4))

@@ -48,6 +48,9 @@ from problems import Diverged, Task, gold, whole
 
 FORCING, T_FORCING = 5.0, 1.1
 MOST_NEWTON = 20  # iterations; four or five do where dt is sensible
+MOST_STEPS, MOST_CG = 100_000, 100  # steps of KenCarp4, conjugate gradient iterations of one of its solves
+FIRST, SHORTEST = 1e-3, 1e-12  # of KenCarp4 the first step, as a part of the first piece, and the least
+SMOOTH = 0.02  # the time in which what dies out is no error of a step, because the loss does not see it
 
 
 class Rhs(NamedTuple):
@@ -351,6 +354,71 @@ def ode_states(theta, data, size):
 
 def stiff():
     return Diverged("The solver's step became too small for the tolerance; give a larger rtol or atol.")
+
+
+class Ark(NamedTuple):
+    """An additive Runge-Kutta method: explicit for the reaction, diagonally implicit (gamma) for diffusion."""
+
+    E: np.ndarray  # (6, 6) below the diagonal
+    I: np.ndarray  # (6, 6), gamma on the diagonal but the first  # noqa: E741
+    b: np.ndarray  # (6) of both
+    error: np.ndarray  # (6) b less the weights of order 3
+
+
+def kencarp4():
+    """ARK4(3)6L[2]SA (Kennedy and Carpenter, Appl. Numer. Math. 44 (2003) 139), order 4, L-stable; by it the implementations
+    that have no solver of their own take the steps of ode."""
+    E = np.zeros((6, 6))
+    E[1, :1] = 1 / 2
+    E[2, :2] = 13861 / 62500, 6889 / 62500
+    E[3, :3] = (
+        -116923316275 / 2393684061468,
+        -2731218467317 / 15368042101831,
+        9408046702089 / 11113171139209,
+    )
+    E[4, :4] = (
+        -451086348788 / 2902428689909,
+        -2682348792572 / 7519795681897,
+        12662868775082 / 11960479115383,
+        3355817975965 / 11060851509271,
+    )
+    E[5, :5] = (
+        647845179188 / 3216320057751,
+        73281519250 / 8382639484533,
+        552539513391 / 3454668386233,
+        3354512671639 / 8306763924573,
+        4040 / 17871,
+    )
+    b = np.array([82889 / 524892, 0, 15625 / 83664, 69875 / 102672, -2260 / 8211, 1 / 4])
+    third = (
+        4586570599 / 29645900160,
+        0,
+        178811875 / 945068544,
+        814220225 / 1159782912,
+        -3700637 / 11593932,
+        61727 / 225920,
+    )
+    I = np.diag([0] + [1 / 4] * 5)  # noqa: E741
+    I[1, :1] = 1 / 4
+    I[2, :2] = 8611 / 62500, -1743 / 31250
+    I[3, :3] = 5012029 / 34652500, -654441 / 2922500, 174375 / 388108
+    I[4, :4] = 15267082809 / 155376265600, -71443401 / 120774400, 730878875 / 902184768, 2285395 / 8070912
+    I[5] = b
+    return Ark(E, I, b, b - third)
+
+
+def endless():
+    return Diverged(f"The solver did not get there in {MOST_STEPS} steps; give a larger rtol or atol, or a smaller T.")
+
+
+def unsolved():
+    return Diverged(f"Conjugate gradients did not converge in {MOST_CG} iterations; give a larger rtol or atol.")
+
+
+def ark_tolerances(size, dtype):
+    """rtol and atol for the error of order 3 that KenCarp4 knows, not that of order 4 which it makes, and the relative
+    tolerance of its solves: so measured that the gradient is right to rtol / atol and better, 7e-5 in all."""
+    return 20 * size.rtol, 20 * size.atol, max(0.02 * (size.rtol + size.atol), 8 * float(np.finfo(dtype).eps))
 
 
 def ode(theta, data, size):
