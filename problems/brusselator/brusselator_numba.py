@@ -872,7 +872,7 @@ def cg(S, b, tolerance):
     for iteration in range(MOST_CG):
         precondition(S.res, S, S.ring, S.z)
         rz, previous = dot(S.res, S.z), rz
-        if iteration > 0 and rz <= target:
+        if rz == 0 or (iteration > 0 and rz <= target):
             for k in range(y.size):
                 y[k] += z[k]
             return iteration
