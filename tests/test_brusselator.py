@@ -160,6 +160,7 @@ def relative(gradient, exact):
         (Ode(5), 7e-5, 1e-3),
         (Ode(3, spread=0.5, k0=8), 7e-5, 1e-3),
         (Ode(6, T=1.5, save=0.5, spread=0.5, k0=5), 7e-5, 1e-3),
+        (Ode(4, T=1.2, save=0.6, spread=0.5), 7e-5, 1e-3),
         (Ode(4, T=1.2, save=0.3, alpha=0.1, spread=0.9, k0=3), 7e-5, 1e-3),
         (
             Ode(4, T=1.2, save=0.4, spread=0.5, rtol=1e-11, atol=1e-9),

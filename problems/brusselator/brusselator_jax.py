@@ -281,6 +281,7 @@ def ode(theta, data, size):
         taken = off <= 1
         last = taken & (equal == 1)
         loss = loss + jnp.where(last & (samples[piece] > 0), misfit(new), 0)
+        h = jnp.where(last & (forces[piece + 1] != forces[piece]), FIRST * lengths[piece + 1], h)
         left = jnp.where(last, lengths[piece + 1], jnp.where(taken, left - dt, left))
         return jnp.where(taken, new, u), piece + last, left, lax.stop_gradient(h), loss
 

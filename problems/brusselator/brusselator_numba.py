@@ -994,9 +994,11 @@ def ode_kernel(A, B, alpha, disc, course, ark, tolerances, S, dts, sampled, stag
     counts[:] = 0
     loss = misfit(stages[0, 0], 0.0)
     scale(alpha, SMOOTH / dx2, S.mu, S.g, S.e, S.smooth)
-    h = FIRST * lengths[0]
+    h = 0.0  # of the next step
     for piece in range(len(lengths)):
         left, force = lengths[piece], FORCING * forced[piece]
+        if piece == 0 or forced[piece] != forced[piece - 1]:
+            h = FIRST * left
         reaction_rows(stages[n, 0], A, B, force, disc, slopes[0, 0])
         counts[2] += 1
         while left > 0:
