@@ -132,8 +132,15 @@ def gradient(spec: dict, stage: Callable[[str], None]) -> dict:
     for job in spec["sizes"]:
         task, size, theta, data = load_inputs(spec | job)
         derivative, _ = prepared(backend, implementation, spec["strategy"], size, theta, data)
-        loss, blocks = fetch(backend, derivative(theta, data))
-        save(job["save"], {"loss": loss} | {f"block {name}": block for name, block in blocks.items()})
+        save_gradient(job["save"], *fetch(backend, derivative(theta, data)))
+    return {"status": "ok"}
+
+
+def exact(spec: dict, stage: Callable[[str], None]) -> dict:
+    """Loss and gradient of the solution itself, saved to `spec["save"]`."""
+    task, size, theta, data = load_inputs(spec)
+    stage("first call")
+    save_gradient(spec["save"], *task.exact(theta, data, size))
     return {"status": "ok"}
 
 
@@ -170,7 +177,14 @@ def triad(spec: dict, stage: Callable[[str], None]) -> dict:
     return {"status": "ok", "triad": found, "copy": copy, "bytes": a.nbytes}
 
 
-MODES = {"measure": measure, "inputs": inputs, "gradient": gradient, "directions": along_directions, "triad": triad}
+MODES = {
+    "measure": measure,
+    "inputs": inputs,
+    "gradient": gradient,
+    "exact": exact,
+    "directions": along_directions,
+    "triad": triad,
+}
 
 
 # Loading
@@ -255,6 +269,10 @@ def fetch(backend: Any, out: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 def number(backend: Any, x: Any) -> np.ndarray:
     """A copy in NumPy; compiled code may return Python floats for scalars."""
     return np.array(x if isinstance(x, float) else backend.get(x))
+
+
+def save_gradient(path: str, loss: Any, blocks: dict) -> None:
+    save(path, {"loss": loss} | {f"block {name}": block for name, block in blocks.items()})
 
 
 def save(path: str, arrays: dict) -> None:

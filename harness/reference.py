@@ -2,9 +2,10 @@
 
 At tiny the whole gradient is built from the statement, entry by entry, by complex step. At every other size it is the hand
 adjoint, once that has passed at tiny and agrees, at this very size, with complex step of the statement along the judge's
-directions. Where there is no hand adjoint, or a wrong one, those directions judge. Nothing is judged by itself. Inputs and
-references are made by workers, so that a size too large for the memory ends a worker and not the run, and are kept by content
-hash in a folder that git ignores.
+directions. Where there is no hand adjoint, or a wrong one, those directions judge. Nothing is judged by itself. A continuous
+task says what the derivative of the solution is (`Task.exact`), and that judges all its ways at all sizes. Inputs and
+references are made by workers, so that a size too large for the memory ends a worker and not the run, and are kept by
+content hash in a folder that git ignores.
 """
 
 import hashlib
@@ -50,6 +51,8 @@ def reference(cell: Cell) -> Reference:
     task, size = tasks(cell.problem)[cell.task], size_of(cell)
     loss_gate = task.gate if cell.dtype == "float64" else task.gate32
     gate = STRATEGIES[cell.strategy].gate or loss_gate
+    if task.exact:
+        return Reference("the derivative of the solution itself", gate, loss_gate, whole=_exact(cell, size))
     tiny = size == task.sizes["tiny"]
     by_hand = (cell.backend, cell.strategy) == ("numba", "adjoint")
     if tiny and cell.strategy not in APPROXIMATE_OR_SLOW:
@@ -125,6 +128,12 @@ def _gradients(cell: Cell, sizes: list[tuple], library: str, strategy: str) -> l
     spec = _spec(cell) | {"backend": library, "strategy": strategy, "form": form, "sizes": jobs}
     _compute("gradient", spec, backend(library).environ(1), paths)
     return [str(path) for path in paths]
+
+
+def _exact(cell: Cell, size: tuple) -> str:
+    path = _path("exact", cell, size, "")
+    _compute("exact", _spec(cell) | _at(cell, size) | {"save": str(path)}, {}, [path])
+    return str(path)
 
 
 def _directions(cell: Cell, size: tuple, h: float | None = None) -> str:

@@ -42,7 +42,8 @@ class Task:
 
     `forms` are the statement itself in NumPy: `array` first, then `inplace` and `loops` where the task has them, each
     `loss(theta, data, size) -> scalar`, equal to 1e-13. `inputs(size)` returns (theta, data), dicts of float64 arrays
-    (index arrays are int64). `size` is a NamedTuple class of static numbers, `sizes` its named members.
+    (index arrays are int64). `size` is a NamedTuple class of static numbers, `sizes` its named members. A continuous task
+    has `exact(theta, data, size) -> (loss, {block: gradient})`, the solution's own derivative, by which all are judged.
     """
 
     size: type
@@ -58,6 +59,7 @@ class Task:
     floor: str = ""  # the block whose triad a = b + s c is the bandwidth floor, where one is asked for
     asks: str = "gradient"  # or jvp, hvp, jacobian
     reference: str = "discrete"  # or continuous: never both in one table
+    exact: Callable | None = None  # of a continuous task
 
     def at(self, /, **keys: str | float) -> Any:
         """The size with these keys. Raises BadSize with one sentence: unknown key, missing key, not a number, too small."""

@@ -7,7 +7,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from problems import BadSize, Diverged, brusselator, gold, structure
-from problems.brusselator import Imex, Implicit, Rhs, brusselator_numba
+from problems.brusselator import Imex, Implicit, Ode, Rhs, brusselator_numba
 
 H = 1e-20
 
@@ -108,6 +108,150 @@ def test_implicit_reference(alpha, loss, A, B, dalpha, along_gold, mean):
     agrees(along("implicit", size, "u0", direction, "inplace"), along_gold)
     *_, last = brusselator.implicit_states(*brusselator.imex_inputs(size), size)
     agrees(last[0].mean(), mean)
+
+
+@pytest.mark.parametrize(
+    ("size", "loss", "A", "B", "alpha", "mean"),
+    [  # the scaling form, and one in which the forcing acts
+        (Ode(5), 296.823653920, 134.808512257, -6.10772084923, 0.0986060193547, 0.3585197807252),
+        (
+            Ode(8, T=11.5, save=0.5, alpha=0.1),
+            *(6816.10750214, 5445.41626564, -5185.37250144, 6615.88865496, 0.5432690568689),
+        ),
+    ],
+)
+def test_ode_reference(size, loss, A, B, alpha, mean):
+    """Fields that are the same everywhere: the sums of their gradients are the gradient of the number."""
+    theta, data = brusselator.ode_inputs(size)
+    value, gradient = brusselator.exact(theta, data, size)
+    total = {name: block.sum() for name, block in gradient.items()}
+    found = value, total["A"], total["B"], total["alpha1"] + total["alpha2"]
+    assert found == pytest.approx((loss, A, B, alpha), rel=1e-10)
+    *_, last = brusselator.ode_states(theta, data, size)
+    assert last[0].mean() == pytest.approx(mean, rel=1e-7)
+
+
+def test_ode_exact_against_the_variational_equations():
+    """Two solvers, two equations, each block: the adjoint by DOP853, its own tangents by Radau."""
+    size = Ode(4, T=1.2, save=0.6, spread=0.5, k0=7, rtol=1e-9, atol=1e-9)
+    theta, data = brusselator.ode_inputs(size)
+    value, gradient = brusselator.exact(theta, data, size)
+    assert brusselator.ode(theta, data, size) == pytest.approx(value, rel=1e-9)
+    for name, block in theta.items():
+        direction = gold(block.size, 17).reshape(block.shape) + 0.25
+        off = np.vdot(gradient[name], direction) - along("ode", size, name, direction)
+        assert abs(off) <= 1e-7 * np.linalg.norm(gradient[name]) * np.linalg.norm(direction)
+
+
+def relative(gradient, exact):
+    """The error over all entries, and that of the worst block."""
+    off, norm = (
+        {name: np.linalg.norm(block - less[name]) for name, block in exact.items()}
+        for less in (gradient, dict.fromkeys(exact, 0))
+    )
+    return np.linalg.norm([*off.values()]) / np.linalg.norm([*norm.values()]), max(
+        off[name] / norm[name] for name in exact
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "most_block"),
+    [
+        (Ode(5), 7e-5, 1e-3),
+        (Ode(3, spread=0.5, k0=8), 7e-5, 1e-3),
+        (Ode(6, T=1.5, save=0.5, spread=0.5, k0=5), 7e-5, 1e-3),
+        (Ode(4, T=1.2, save=0.6, spread=0.5), 7e-5, 1e-3),
+        (Ode(4, T=1.2, save=0.3, alpha=0.1, spread=0.9, k0=3), 7e-5, 1e-3),
+        (
+            Ode(4, T=1.2, save=0.4, spread=0.5, rtol=1e-11, atol=1e-9),
+            1e-8,
+            1e-7,
+        ),  # the adjoint is that of the steps taken
+    ],
+)
+def test_ode_adjoint(size, most, most_block):
+    theta, data = brusselator.ode_inputs(size)
+    loss, exact = brusselator.exact(theta, data, size)
+    value, gradient = adjoint("ode", size)
+    total, worst = relative(gradient, exact)
+    assert value == pytest.approx(loss, rel=most) and total <= most and worst <= most_block
+
+
+def test_ode_adjoint_where_the_alphas_differ_most():
+    size = Ode(5, spread=0.5)
+    theta, data = brusselator.ode_inputs(size)
+    theta |= {"alpha1": theta["alpha1"] / 10 + 0.5, "alpha2": theta["alpha2"] + 15}  # 1..2 and 20..30
+    implementation = brusselator_numba.IMPLEMENTATION["ode"]["loops"]
+    work = implementation.prepare(structure(theta, data), size)
+    _, gradient = implementation.strategies["adjoint"](theta, data, size, work)
+    total, worst = relative(gradient, brusselator.exact(theta, data, size)[1])
+    assert total <= 7e-5 and worst <= 1e-3
+
+
+def test_what_ode_counts():
+    """Uniform parameters are solved by the preconditioner; others by few iterations."""
+    stats = brusselator_numba.IMPLEMENTATION["ode"]["loops"].stats
+    same, spread = (stats(*brusselator.ode_inputs(size), size) for size in (Ode(8), Ode(8, spread=0.5)))
+    for found in (same, spread):
+        assert found["linear_solves"] == 5 * (found["steps"] + found["rejected"])
+        assert found["rhs_calls"] == found["linear_solves"] + found["steps"]
+    assert same["cg_iterations"] == 0 < spread["cg_iterations"] <= 4 * spread["linear_solves"]
+
+
+def test_what_ode_cannot_solve(monkeypatch):
+    with pytest.raises(Diverged, match="step became too small for the tolerance"):
+        adjoint("ode", Ode(5, B=1e80))
+    with monkeypatch.context() as patch:
+        patch.setattr(brusselator_numba, "MOST_STEPS", 10)
+        with pytest.raises(Diverged, match="did not get there in 100000 steps; give a larger rtol"):
+            adjoint("ode", Ode(5, rtol=1e-11, atol=1e-9))
+
+    def failed(*arguments):  # of itself it never was
+        *_, counts = arguments
+        counts[0] = brusselator_numba.CG_FAILED
+
+    monkeypatch.setattr(brusselator_numba, "ode_kernel", failed)
+    with pytest.raises(Diverged, match="Conjugate gradients did not converge in 100 iterations"):
+        adjoint("ode", Ode(5, spread=0.5))
+
+
+def test_the_tableau():
+    """Its order conditions, as Kennedy and Carpenter have them: to order 3 all, of order 4 those without coupling."""
+    E, I, b, error = brusselator.kencarp4()  # noqa: E741
+    c = E.sum(1)
+    assert np.allclose(c, [0, 1 / 2, 83 / 250, 31 / 50, 17 / 20, 1], atol=1e-12) and np.allclose(
+        I.sum(1), c, atol=1e-12
+    )
+    for order, weights in ((4, b), (3, b - error)):
+        assert np.allclose([weights @ c**k for k in range(order)], [1 / (k + 1) for k in range(order)], atol=1e-12)
+        assert np.allclose([weights @ M @ c for M in (E, I)], 1 / 6, atol=1e-12)
+    for M in (E, I):
+        assert np.allclose([b * c @ M @ c, b @ M @ c**2], [1 / 8, 1 / 12], atol=1e-12)
+        assert np.allclose([b @ M @ K @ c for K in (E, I)], 1 / 24, atol=1e-12)
+
+
+def test_the_parameters_of_ode():
+    """4 N^2 of them, spread in the order of the blocks."""
+    theta, data = brusselator.ode_inputs(Ode(3, A=2.9, B=1.3, alpha=0.1, spread=0.5, k0=4))
+    values = np.concatenate([theta[name].ravel() for name in ("A", "B", "alpha1", "alpha2")])
+    means = np.repeat([2.9, 1.3, 0.1, 0.1], 9)
+    assert list(theta) == ["A", "B", "alpha1", "alpha2"] and list(data) == ["u0", "disc"]
+    assert np.array_equal(values, means * (1 + gold(36, 4)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "lengths", "forced", "sampled"),
+    [
+        ({"T": 0.4, "save": 0.2}, [0.2, 0.2], [0, 0], [1, 1]),
+        ({"T": 1.2}, [0.1] * 12, [0] * 11 + [1], [1] * 12),  # 11 * 0.1 is not 1.1
+        ({"T": 1.1, "save": 1.1}, [1.1], [0], [1]),
+        ({"T": 2.0, "save": 1.0}, [1.0, 0.1, 0.9], [0, 0, 1], [1, 0, 1]),
+    ],
+)
+def test_pieces_stop_at_samples_and_at_the_forcing(keys, lengths, forced, sampled):
+    found = brusselator.pieces(Ode(5, **keys))
+    assert np.allclose(found.lengths, lengths, rtol=1e-12)
+    assert (found.forced.tolist(), found.sampled.tolist()) == (forced, sampled)
 
 
 @pytest.mark.parametrize(
@@ -221,3 +365,18 @@ def test_forcing_starts_in_a_counted_step(dt):
 def test_bad_sizes(keys, words):
     with pytest.raises(BadSize, match=words):
         brusselator.TASKS["imex"].at(**({"N": 8} | keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"spread": 1}, "spread=1.0 lets alpha reach 0; give spread from 0 to below 1"),
+        ({"rtol": 0}, "rtol=0.0 is not positive"),
+        ({"alpha": 0}, "alpha=0.0 is not positive"),
+        ({"T": 1.25}, "T/save must be a whole number"),
+        ({"k0": -1}, "the least k0 is 0"),
+    ],
+)
+def test_bad_sizes_of_ode(keys, words):
+    with pytest.raises(BadSize, match=words):
+        brusselator.TASKS["ode"].at(**({"N": 8} | keys))

@@ -36,9 +36,14 @@ def flat(theta, data, size):
 def broken(size):
     raise ValueError("no such inputs")
 
+def exact(theta, data, size):  # of a solution from which the statement is 3 % away
+    x, w, s = theta["x"], data["w"], theta["s"]
+    return cube(theta, data, size) / 1.03, {"x": 3 * w * x**2 * s / 1.03, "s": np.sum(w * x**3) / 1.03}
+
 sizes = {"tiny": Size(6), "small": Size(20000), "large": Size(400000)}
 TASKS = {name: Task(Size, sizes, make, {"array": f}, 1e-10, 1e-5)
          for name, make, f in (("cube", inputs, cube), ("flat", inputs, flat), ("broken", broken, cube))}
+TASKS["solved"] = Task(Size, sizes, inputs, {"array": cube}, 0.1, 0.1, reference="continuous", exact=exact)
 """
 
 # One form a fault. All but the last lines of each are right.
@@ -147,6 +152,7 @@ DERIVATIVES = {  # form -> the derivative that it is
     "scaled": "change(x=lambda g: g * (1 + 1e-7))",
     "entry": "change(x=first)",
     "scalar": "change(s=lambda g: -g)",
+    "fifth": "change(x=lambda g: g * 1.2)",
     "single": 'change(x=lambda g: g.astype("f4"))',
     "shape": "change(x=lambda g: g[:, None])",
     "absent": 'lambda *a: (right(*a)[0], {"x": right(*a)[1]["x"]})',
@@ -173,7 +179,8 @@ FORMS = [f'"{name}": Implementation(cube, strategies={{"adjoint": {what}}})' for
     '"stats": Implementation(cube, strategies={"adjoint": right}, stats=lambda theta, data, size: {"steps": 7})',
 ]
 ONE, FLAT = (f'{{"right": Implementation(cube, strategies={{"adjoint": {name}}})}}' for name in ("right", "flat_right"))
-IMPLEMENTATION += f'IMPLEMENTATION = {{"cube": {{{", ".join(FORMS)}}}, "flat": {FLAT}, "broken": {ONE}}}'
+IMPLEMENTATION += f'IMPLEMENTATION = {{"cube": {{{", ".join(FORMS)}}}, "flat": {FLAT}, "broken": {ONE}, '
+IMPLEMENTATION += f'"solved": {{{", ".join(FORMS)}}}}}'
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +259,18 @@ def test_a_wrong_loss_is_wrong(faults):
     said = faults.gradient(fault("wrong_loss"))
     assert said["status"] == "wrong" and "loss" in has_no_time(said)
     assert said["error"] < 1e-12
+
+
+@pytest.mark.parametrize("size", ["tiny", "N=50"])
+def test_a_continuous_task_is_judged_by_the_derivative_of_its_solution(faults, size):
+    """Where its own program is 3 % away from it, that is a column; what is 24 % away is refused."""
+    at = fault("right", "solved", size), fault("fifth", "solved", size), "faults.solved/numpy/complex_step@" + size
+    right, wrong, stepped = faults.measure(*at)
+    for said in (right, stepped):
+        assert said["status"] == "ok" and said["judge"] == "the derivative of the solution itself"
+        assert [block["error"] for block in said["blocks"].values()] == pytest.approx([0.03, 0.03], rel=1e-9)
+    assert wrong["status"] == "wrong" and wrong["blocks"]["x"]["error"] == pytest.approx(0.236, rel=1e-9)
+    assert "gradient of x has the relative error 2.4e-01" in wrong["reason"]
 
 
 def test_a_reference_that_is_zero_can_check_nothing(faults):

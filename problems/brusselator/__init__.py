@@ -20,11 +20,19 @@ Tasks
            J = 1 - dt f'(w), sparse here, dense in `inplace` and `loops`. Once an update is below the root of the rounding
            unit the next is below the unit: w is the root then. Its derivative by the implicit function theorem is one
            solve with J; that of the iteration itself trails it by an iteration, so the statement makes one more.
+    ode    the paper's own problem, the solution of the differential equation itself: the same loss, samples by `save`, and
+           A, B and the alpha of either field different in every cell, 4 N^2 parameters, each times 1 + 2 spread gold. The
+           solver is a stiff one that chooses its steps (here SciPy's Radau, Hairer and Wanner's code), and stops where a
+           sample is taken and where the forcing sets in. How it steps is its own, rtol and atol are what it is asked for:
+           so a gradient is judged by the derivative of the solution, not of a program, and its error is a result. `exact`
+           has it by the adjoint equation, at 1e-11: l' = -f'(u)^T l, to which each sample adds u - 1, and dL/dp is the
+           integral of <l, df/dp>. The complex step of the statement is the other way: the variational equations.
 
 What they ask of AD: the thread's world 2. As loops: scalar code that mutates du and branches at the wrap; as arrays:
 seven shifted copies of the field. The whole derivative of rhs is a stencil again, so memory traffic is the measure. imex
 is "the middle": a long loop over buffers with a linear solve in it, an FFT that some tools cannot enter, and alpha inside
 the solve, so that dL/dalpha goes through S. With alpha = 10 the field is so smooth that dL/dalpha is 2e-4 of dL/dA.
+ode asks what to differentiate: the steps that a solver took, or the equation that it solved.
 """
 
 from math import ceil
@@ -32,6 +40,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import fft
+from scipy.integrate import solve_ivp
 from scipy.sparse import csc_array, eye_array, kron
 from scipy.sparse.linalg import splu
 
@@ -39,6 +48,10 @@ from problems import Diverged, Task, gold, whole
 
 FORCING, T_FORCING = 5.0, 1.1
 MOST_NEWTON = 20  # iterations; four or five do where dt is sensible
+MOST_STEPS, MOST_CG = 100_000, 100  # steps of KenCarp4, conjugate gradient iterations of one of its solves
+FIRST = 1e-3  # the first step of KenCarp4, at the start and where the forcing sets in, as a part of the piece
+SHORTEST = 1e-12  # of its steps
+SMOOTH = 0.02  # the time in which what dies out is no error of a step, because the loss does not see it
 
 
 class Rhs(NamedTuple):
@@ -67,6 +80,19 @@ class Implicit(NamedTuple):
     B: float = 1.0
     dt: float = 0.05
     save: float = 0.1
+
+
+class Ode(NamedTuple):
+    N: int
+    T: float = 1.0
+    alpha: float = 10.0
+    A: float = 3.4
+    B: float = 1.0
+    save: float = 0.1
+    rtol: float = 1e-7
+    atol: float = 1e-5
+    spread: float = 0.0
+    k0: int = 1
 
 
 def initial(N):
@@ -104,6 +130,40 @@ def imex_check(size):
         if whole(x, y) is None:
             return f"{a}/{b} must be a whole number, {a}={x} and {b}={y} give {x / y:.6g}"
     return ""
+
+
+def ode_inputs(size):
+    N, means = size.N, {"A": size.A, "B": size.B, "alpha1": size.alpha, "alpha2": size.alpha}
+    factors = 1 + 2 * size.spread * gold(4 * N * N, size.k0).reshape(4, N, N)
+    theta = {name: mean * factor for (name, mean), factor in zip(means.items(), factors, strict=True)}
+    return theta, {"u0": initial(N), "disc": disc(N)}
+
+
+def ode_check(size):
+    for key in ("T", "save", "alpha", "rtol", "atol"):
+        if getattr(size, key) <= 0:
+            return f"{key}={getattr(size, key)} is not positive; give {key} above 0"
+    if not 0 <= size.spread < 1:
+        return f"spread={size.spread} lets alpha reach 0; give spread from 0 to below 1"
+    if whole(size.T, size.save) is None:
+        return f"T/save must be a whole number, T={size.T} and save={size.save} give {size.T / size.save:.6g}"
+    return ""
+
+
+class Pieces(NamedTuple):
+    """What an integrator runs through without a stop: to the next sample, or to where the forcing sets in."""
+
+    lengths: np.ndarray  # (pieces), as all
+    forced: np.ndarray  # 1 where the forcing acts, else 0
+    sampled: np.ndarray  # 1 where the end is sampled, else 0
+
+
+def pieces(size):
+    stops = size.save * np.arange(whole(size.T, size.save) + 1)
+    near = np.abs(stops - T_FORCING) <= 1e-9 * T_FORCING
+    stops[near] = T_FORCING
+    t = np.unique(np.append(stops, T_FORCING)) if size.T > T_FORCING else stops
+    return Pieces(np.diff(t), (t[:-1] >= T_FORCING).astype(float), np.isin(t[1:], stops).astype(float))
 
 
 def clock(size):
@@ -252,6 +312,158 @@ def implicit_states(theta, data, size):
 
 def implicit(theta, data, size):
     return sum(np.sum((1 - u) ** 2) / 2 for u in implicit_states(theta, data, size))
+
+
+def ode_states(theta, data, size):
+    """u at t = 0, save, ..., T. Of complex theta the imaginary part, over its scale h, is integrated beside the real one, to
+    the same tolerances: the variational equations, with no subtraction in them."""
+    A, B, N, shape = theta["A"], theta["B"], size.N, data["u0"].shape
+    alpha = np.stack([theta["alpha1"], theta["alpha2"]])
+    h = max(np.max(np.abs(np.imag(block))) for block in theta.values())
+    J = sparse(N)
+    diffusion = alpha.real.ravel()[J.indices] * J.lap
+
+    def unpacked(y):
+        return (
+            y.reshape(shape) if h == 0 else y[: y.size // 2].reshape(shape) + 1j * h * y[y.size // 2 :].reshape(shape)
+        )
+
+    def packed(u):
+        return u.ravel() if h == 0 else np.concatenate([u.real.ravel(), u.imag.ravel() / h])
+
+    def f(t, y, force):
+        u = unpacked(y)
+        return packed(reaction(u, A, B, force) + alpha * lap(u, N))
+
+    def jacobian(t, y, force):
+        u = unpacked(y).real
+        df = J.matrix(diffusion + reaction_diagonals(u, A.real.ravel())[J.place])
+        return df if h == 0 else kron(eye_array(2), df, "csc")
+
+    u = data["u0"]
+    yield u
+    for length, forced, sampled in zip(*pieces(size), strict=True):
+        force = FORCING * data["disc"] * forced
+        tolerances = {"rtol": size.rtol, "atol": size.atol}
+        done = solve_ivp(f, (0, length), packed(u), "Radau", [length], args=(force,), jac=jacobian, **tolerances)
+        if not done.success:
+            raise stiff()
+        u = unpacked(done.y[:, -1])
+        if sampled:
+            yield u
+
+
+def stiff():
+    return Diverged("The solver's step became too small for the tolerance; give a larger rtol or atol.")
+
+
+class Ark(NamedTuple):
+    """An additive Runge-Kutta method: explicit for the reaction, diagonally implicit (gamma) for diffusion."""
+
+    E: np.ndarray  # (6, 6) below the diagonal
+    I: np.ndarray  # (6, 6), gamma on the diagonal but the first  # noqa: E741
+    b: np.ndarray  # (6) of both
+    error: np.ndarray  # (6) b less the weights of order 3
+
+
+def kencarp4():
+    """ARK4(3)6L[2]SA (Kennedy and Carpenter, Appl. Numer. Math. 44 (2003) 139), order 4, L-stable; by it the implementations
+    that have no solver of their own take the steps of ode."""
+    E = np.zeros((6, 6))
+    E[1, :1] = 1 / 2
+    E[2, :2] = 13861 / 62500, 6889 / 62500
+    E[3, :3] = (
+        -116923316275 / 2393684061468,
+        -2731218467317 / 15368042101831,
+        9408046702089 / 11113171139209,
+    )
+    E[4, :4] = (
+        -451086348788 / 2902428689909,
+        -2682348792572 / 7519795681897,
+        12662868775082 / 11960479115383,
+        3355817975965 / 11060851509271,
+    )
+    E[5, :5] = (
+        647845179188 / 3216320057751,
+        73281519250 / 8382639484533,
+        552539513391 / 3454668386233,
+        3354512671639 / 8306763924573,
+        4040 / 17871,
+    )
+    b = np.array([82889 / 524892, 0, 15625 / 83664, 69875 / 102672, -2260 / 8211, 1 / 4])
+    third = (
+        4586570599 / 29645900160,
+        0,
+        178811875 / 945068544,
+        814220225 / 1159782912,
+        -3700637 / 11593932,
+        61727 / 225920,
+    )
+    I = np.diag([0] + [1 / 4] * 5)  # noqa: E741
+    I[1, :1] = 1 / 4
+    I[2, :2] = 8611 / 62500, -1743 / 31250
+    I[3, :3] = 5012029 / 34652500, -654441 / 2922500, 174375 / 388108
+    I[4, :4] = 15267082809 / 155376265600, -71443401 / 120774400, 730878875 / 902184768, 2285395 / 8070912
+    I[5] = b
+    return Ark(E, I, b, b - third)
+
+
+def endless():
+    return Diverged(f"The solver did not get there in {MOST_STEPS} steps; give a larger rtol or atol, or a smaller T.")
+
+
+def unsolved():
+    return Diverged(f"Conjugate gradients did not converge in {MOST_CG} iterations; give a larger rtol or atol.")
+
+
+def ark_tolerances(size, dtype):
+    """rtol and atol of the steps of KenCarp4, and the relative tolerance of its solves. The error of order 3, which it knows,
+    is not that of order 4, which it makes; errors add up over T. So measured that the gradient is right to 7e-5 in all."""
+    slack = 20 / max(1, size.T) ** 0.5
+    return slack * size.rtol, slack * size.atol, max(0.02 * (size.rtol + size.atol), 8 * float(np.finfo(dtype).eps))
+
+
+def ode(theta, data, size):
+    return sum(np.sum((1 - u) ** 2) / 2 for u in ode_states(theta, data, size))
+
+
+def exact(theta, data, size, tolerance=1e-11):
+    """The loss of the solution itself and its gradient, by the adjoint equation: explicit, of order 8 (DOP853), so that
+    the stability of diffusion, not the tolerance, sets the steps. On the way back each piece is solved once more, dense."""
+    A, B, shape = theta["A"], theta["B"], data["u0"].shape
+    alpha, L = np.stack([theta["alpha1"], theta["alpha2"]]), lap_matrix(size.N).tocsr()
+
+    def diffusion(u):
+        return (L @ u.ravel()).reshape(shape)
+
+    def f(t, u, force):
+        u = u.reshape(shape)
+        return (reaction(u, A, B, force) + alpha * diffusion(u)).ravel()
+
+    def back(t, y, u):
+        l, (U, V) = y.reshape(6, *shape[1:])[:2], u(t).reshape(shape)
+        p, q = l
+        d = p - q
+        lb = np.stack([(2 * U * V - A) * d - p, U * U * d]) + diffusion(alpha * l)
+        return -np.concatenate([lb, [-U * d, p], l * diffusion(np.stack([U, V]))]).ravel()
+
+    def solve(f, t, y, given, **options):
+        tolerances = {"rtol": tolerance, "atol": tolerance, "first_step": 1e-6 * abs(t[1] - t[0])}  # u0 is off balance
+        return solve_ivp(f, t, y.ravel(), "DOP853", args=(given,), **tolerances, **options)
+
+    course = [(t, FORCING * data["disc"] * forced, sampled) for t, forced, sampled in zip(*pieces(size), strict=True)]
+    states = [data["u0"]]
+    for t, force, _ in course:
+        states.append(solve(f, (0, t), states[-1], force, t_eval=[t]).y.reshape(shape))
+    y = np.zeros((6, *shape[1:]))
+    loss = np.sum((1 - states[0]) ** 2) / 2
+    for (t, force, sampled), u0, u1 in zip(course[::-1], states[-2::-1], states[:0:-1], strict=True):
+        if sampled:
+            loss += np.sum((1 - u1) ** 2) / 2
+            y[:2] += u1 - 1
+        u = solve(f, (0, t), u0, force, dense_output=True).sol
+        y = solve(back, (t, 0), y, u, t_eval=[0]).y.reshape(y.shape)
+    return loss, dict(zip(theta, y[2:], strict=True))
 
 
 # inplace: slices and buffers mutated
@@ -516,5 +728,22 @@ TASKS = {
         lower={"N": 3},
         check=imex_check,
         sweep=({"N": 6}, {"N": 12}, {"N": 24}, {"N": 32}),
+    ),
+    "ode": Task(
+        size=Ode,
+        sizes={
+            "tiny": Ode(4, T=1.2, save=1.2, rtol=1e-4, atol=1e-4, spread=0.5),
+            "small": Ode(8, spread=0.5),
+            "large": Ode(17, spread=0.5),
+        },
+        inputs=ode_inputs,
+        forms={"array": ode},
+        exact=exact,
+        reference="continuous",
+        gate=0.1,
+        gate32=0.1,
+        lower={"N": 3, "k0": 0},
+        check=ode_check,
+        sweep=({"N": 5}, {"N": 12}, {"N": 32}),
     ),
 }

@@ -6,7 +6,22 @@ import numpy as np
 from jax import lax
 
 from problems import Implementation
-from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, eigenvalues, lap_matrix
+from problems.brusselator import (
+    FIRST,
+    FORCING,
+    MOST_CG,
+    MOST_NEWTON,
+    SHORTEST,
+    SMOOTH,
+    T_FORCING,
+    ark_tolerances,
+    clock,
+    eigenvalues,
+    fourier,
+    kencarp4,
+    lap_matrix,
+    pieces,
+)
 
 UNROLLED = 8  # Newton iterations at most where each is differentiated: what they need is kept for as many
 
@@ -176,8 +191,111 @@ def implicit_root(theta, data, size):
     return implicit(theta, data, size, root)
 
 
+def attempts(size):
+    """Steps that a scan has room for, taken or refused: of the steps that were seen at least half as many again."""
+    return 3 * len(pieces(size).lengths) // 2 + int((24 + 4 * size.T) * max(1, 1e-5 / size.atol) ** 0.25)
+
+
+def cg(S, M, b, tolerance):
+    """S^-1 b, until the energy of the error, res M^-1 res, is tolerance^2 of that of the solution; NaN where it never is."""
+
+    def iterate(carry):
+        y, res, z, p, rz, _, k = carry
+        Sp = S(p)
+        step = rz / jnp.vdot(p, Sp)
+        y, res = y + step * p, res - step * Sp
+        z = M(res)
+        rz, previous = jnp.vdot(res, z), rz
+        return y, res, z, z + rz / previous * p, rz, rz <= tolerance**2 * jnp.vdot(y, b), k + 1
+
+    z = M(b)
+    rz = jnp.vdot(b, z)
+    carry = lax.while_loop(lambda c: ~c[5] & (c[6] < MOST_CG), iterate, (0 * z, b, z, z, rz, rz == 0, 0))
+    y, _, z, _, _, done, _ = carry
+    return jnp.where(done, y + z, jnp.nan)
+
+
+def ode(theta, data, size):
+    """KenCarp4 in a scan as long as any course of steps may be, of which those past the end do nothing. How long a step is,
+    and whether it is taken, is not differentiated; of a solve neither."""
+    A, B, u0, disc, N = theta["A"], theta["B"], data["u0"], data["disc"], size.N
+    alpha = jnp.stack([theta["alpha1"], theta["alpha2"]])
+    fixed, dtype = lax.stop_gradient(alpha) * (N - 1) ** 2, u0.dtype
+    rtol, atol, tolerance = ark_tolerances(size, dtype)
+    E, I, b, error = kencarp4()  # noqa: E741
+    course, gamma = pieces(size), I[1, 1]
+    count = len(course.lengths)
+    lengths, forces, samples = (jnp.asarray(np.append(x, x[-1]), dtype) for x in course)
+    Q, mu = jnp.asarray(fourier(N), dtype), jnp.asarray(2 + eigenvalues(N) / (N - 1) ** 2, dtype)
+
+    def misfit(u):
+        return jnp.sum((1 - u) ** 2) / 2
+
+    def symmetric(c):
+        """What scales 1 - c alpha lap to S = 1 - g A g, A the sum of the four neighbours, and its mean M in waves."""
+        square = 1 / (4 + 1 / (c * fixed))
+        g = jnp.sqrt(square)
+        return g, (1 - 4 * square) / g, 1 - jnp.mean(square, (1, 2), keepdims=True) * (mu[:, None] + mu)
+
+    def by_waves(M, r):
+        """M^-1 r: M is the same for both axes, so that the transpose is as good between two products."""
+        waves = ((r @ Q).swapaxes(1, 2) @ Q) / M
+        return (waves @ Q.T).swapaxes(1, 2) @ Q.T
+
+    def solver(c):
+        """(1 - c alpha lap)^-1"""
+        g, e, M = symmetric(c)
+
+        def inverse(r):
+            def S(y):
+                x = g * y
+                return y - g * (jnp.roll(x, 1, 1) + jnp.roll(x, -1, 1) + jnp.roll(x, 1, 2) + jnp.roll(x, -1, 2))
+
+            return cg(S, lambda res: by_waves(M, res), r, tolerance)
+
+        def solve(r):
+            return lax.custom_linear_solve(
+                lambda w: w - c * alpha * lap(w, N), r, lambda _, r: g * inverse(e * r), lambda _, q: e * inverse(g * q)
+            )
+
+        return solve
+
+    smooth = symmetric(SMOOTH)[2]
+
+    def attempt(carry):
+        u, piece, left, h, loss = carry
+        equal = jnp.ceil(left / h - 1e-3)
+        dt = left / equal
+        solve, force = solver(gamma * dt), FORCING * forces[piece] * disc
+        k_E, k_I = [reaction(u, A, B, force)], [alpha * lap(u, N)]
+        for i in range(1, 6):
+            r = u + dt * sum(E[i, j] * k_E[j] + I[i, j] * k_I[j] for j in range(i))
+            w = solve(r)
+            k_E.append(reaction(w, A, B, force))
+            k_I.append((w - r) / (gamma * dt))
+        new = u + dt * sum(b[j] * (k_E[j] + k_I[j]) for j in range(6))
+        off = lax.stop_gradient(dt * sum(error[j] * (k_E[j] + k_I[j]) for j in range(6)))
+        off = smooth[:, :1, :1] * by_waves(smooth, off)
+        off = jnp.sqrt(jnp.mean((off / (atol + rtol * jnp.maximum(jnp.abs(u), jnp.abs(new)))) ** 2))
+        h = jnp.where(off < 1e4, dt * jnp.minimum(5, 0.9 * jnp.maximum(off, 1e-4) ** -0.25), 0.1 * dt)
+        taken = off <= 1
+        last = taken & (equal == 1)
+        loss = loss + jnp.where(last & (samples[piece] > 0), misfit(new), 0)
+        h = jnp.where(last & (forces[piece + 1] != forces[piece]), FIRST * lengths[piece + 1], h)
+        left = jnp.where(last, lengths[piece + 1], jnp.where(taken, left - dt, left))
+        return jnp.where(taken, new, u), piece + last, left, lax.stop_gradient(h), loss
+
+    def step(carry, _):
+        return lax.cond((carry[1] < count) & (carry[3] >= SHORTEST), attempt, lambda carry: carry, carry), None
+
+    start = u0, jnp.array(0), lengths[0], FIRST * lengths[0], misfit(u0)
+    (_, piece, _, _, loss), _ = lax.scan(step, start, length=attempts(size))
+    return jnp.where(piece == count, loss, jnp.nan)
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "loops": Implementation(rhs_loops)},
     "imex": {"array": Implementation(imex, strategies={"checkpoint": imex_checkpoint, "custom_rule": imex_rule})},
     "implicit": {"array": Implementation(implicit, strategies={"implicit": implicit_root})},
+    "ode": {"array": Implementation(ode)},
 }

@@ -3,7 +3,8 @@
 The periodic Laplacian is self-adjoint, so its adjoint is a gather of the cotangent, not a scatter: one pass over (u, v)
 gives the loss and every block of the gradient, with <v, alpha lap u> = alpha <lap v, u>. So is S, the solve of imex: the
 reverse sweep runs the same `diffuse`, and dS/dalpha = S dt lap S needs no more than the states that the sweep reads anyway.
-Of implicit the reverse sweep solves with J^T once a step, by the factors of J at the step's end.
+Of implicit the reverse sweep solves with J^T once a step, by the factors of J at the step's end. That of ode takes the steps
+as they were taken, their lengths no variables: each stage is one solve with the adjoint of diffusion, by the same iteration.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,26 @@ from numba import njit
 
 from backends.numba_backend import LANES, by_chunks
 from problems import Implementation, structure
-from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, diverged, eigenvalues, fourier
+from problems.brusselator import (
+    FIRST,
+    FORCING,
+    MOST_CG,
+    MOST_NEWTON,
+    MOST_STEPS,
+    SHORTEST,
+    SMOOTH,
+    T_FORCING,
+    ark_tolerances,
+    clock,
+    diverged,
+    eigenvalues,
+    endless,
+    fourier,
+    kencarp4,
+    pieces,
+    stiff,
+    unsolved,
+)
 
 
 @njit(fastmath=True)
@@ -723,10 +743,474 @@ def implicit_stats(theta, data, size):
     }
 
 
+# ode: KenCarp4 in steps of its own, and the adjoint of the steps that it took. Fields are (2N, N), U above V. Of a stage
+# (1 - c alpha lap) w = r, c = gamma dt, each cell is scaled so that a symmetric matrix with a diagonal of ones remains:
+# w = g y, S y = e r, S = 1 - g A g, A the sum of the four neighbours, g^2 = 1 / (4 + dx^2 / (c alpha)), e = 1 / g - 4 g; the
+# adjoint is nu = e S^-1 g q. S is solved by conjugate gradients, preconditioned by M, which is S with one g for all cells,
+# the root of the mean square, and is inverted by waves along one axis and recurrences along the other. Where alpha is the
+# same everywhere, M is S; else it takes few iterations, because g is 1/2 wherever a cell is stiff, whatever its alpha: two
+# or three to 1e-6 at any c for alpha in 5..15, where waves and the mean of 1 / alpha take up to ten at small c.
+
+
+class Solver(NamedTuple):
+    """S of one c, and what it takes to solve it; y = S^-1 b of the last b."""
+
+    Q: np.ndarray  # (N, N)
+    Qt: np.ndarray
+    mu: np.ndarray  # (N) of each wave along an axis the sum of both neighbours
+    ring: np.ndarray  # (4, 2, N) of either field and each wave a, weight and around, then the recurrence
+    smooth: np.ndarray  # the same for the estimate of the error
+    g: np.ndarray  # (2N, N), as all that follow
+    e: np.ndarray
+    y: np.ndarray
+    b: np.ndarray
+    res: np.ndarray
+    z: np.ndarray
+    p: np.ndarray
+    Sp: np.ndarray
+    waves: np.ndarray
+
+
+class Steps(NamedTuple):
+    S: Solver
+    kept: list  # dt (n), sampled (n), stages (n + 1, 6, 2N, N): as many as were needed so far
+    alpha: np.ndarray  # (2N, N), as r and lam
+    r: np.ndarray
+    lam: np.ndarray
+    slopes: np.ndarray  # (2, 6, 2N, N) explicit, implicit
+    gradient: np.ndarray  # (4N, N)
+
+
+FAST = {
+    "reassoc",
+    "contract",
+    "arcp",
+    "nsz",
+    "afn",
+}  # all but that numbers are finite: a step too long is refused by that
+CG_FAILED, FULL, TOO_SMALL, NOT_FINITE = -1, -2, -3, -4  # where a count would be
+
+
+def ode_prepare(structure, size):
+    N, dtype = size.N, structure["A"].dtype
+    Q, mu = fourier(N), 2 + eigenvalues(N) / (N - 1) ** 2
+    Q, Qt, mu = (np.ascontiguousarray(x, dtype) for x in (Q, Q.T, mu))
+    *fields, alpha, r, lam = np.empty((12, 2 * N, N), dtype)
+    S = Solver(Q, Qt, mu, *np.empty((2, 4, 2, N), dtype), *fields)
+    slopes, gradient = np.empty((2, 6, 2 * N, N), dtype), np.empty((4 * N, N), dtype)
+    return Steps(S, room(2 * len(pieces(size).lengths) + 16, N, dtype), alpha, r, lam, slopes, gradient)
+
+
+def room(steps, N, dtype):
+    return [np.empty(steps), np.empty(steps), np.empty((steps + 1, 6, 2 * N, N), dtype)]
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def scale(alpha, c, mu, g, e, ring):
+    """g and e of S, c in units of dx^2, and M = (1 - a shift)(1 - a shift^T) / weight along the ring of each wave."""
+    N = len(mu)
+    for s in range(2):
+        mean = 0.0
+        for i in range(s * N, s * N + N):
+            x, y, z = alpha[i], g[i], e[i]
+            for j in range(N):
+                square = 1 / (4 + 1 / (c * x[j]))
+                y[j] = np.sqrt(square)
+                z[j] = (1 - 4 * square) / y[j]
+                mean += square / (N * N)
+        a, weight, around = ring[0, s], ring[1, s], ring[2, s]
+        for k in range(N):
+            d = 1 - mean * mu[k]
+            a[k] = 2 * mean / (d + np.sqrt(d * d - 4 * mean * mean))
+            weight[k] = a[k] / mean
+            around[k] = 1 / (1 - a[k] ** N)
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def least(ring, s):
+    """The least eigenvalue of M, that of the mean."""
+    return (1 - ring[0, s, 0]) ** 2 / ring[1, s, 0]
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def precondition(r, S, ring, z):
+    """z = M^-1 r"""
+    N, waves = len(S.Q), S.waves
+    np.dot(r, S.Q, waves)
+    for s in range(2):
+        a, weight, around, y = ring[0, s], ring[1, s], ring[2, s], ring[3, s]
+        for first, way in ((s * N, 1), (s * N + N - 1, -1)):
+            y[:] = 0
+            for n in range(N):
+                w = waves[first + way * n]
+                for k in range(N):
+                    y[k] = a[k] * y[k] + w[k]
+            for k in range(N):
+                y[k] *= around[k]
+            for n in range(N):
+                w = waves[first + way * n]
+                for k in range(N):
+                    y[k] = a[k] * y[k] + w[k]
+                    w[k] = y[k] if way > 0 else weight[k] * y[k]
+    np.dot(waves, S.Qt, z)
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def times_S(S, y, out):
+    """out = S y"""
+    N, (x, z, w) = len(S.Q), (y.ravel(), S.g.ravel(), S.waves.ravel())
+    for k in range(x.size):
+        w[k] = z[k] * x[k]
+    for s in (0, N):
+        for i in range(N):
+            x, xm, xp = (
+                S.waves[s + i],
+                S.waves[s + (i - 1 if i > 0 else N - 1)],
+                S.waves[s + (i + 1 if i < N - 1 else 0)],
+            )
+            w, z, p = out[s + i], y[s + i], S.g[s + i]
+            for j in range(1, N - 1):
+                w[j] = z[j] - p[j] * (xm[j] + xp[j] + x[j - 1] + x[j + 1])
+            for j, jm, jp in ((0, N - 1, 1), (N - 1, N - 2, 0)):
+                w[j] = z[j] - p[j] * (xm[j] + xp[j] + x[jm] + x[jp])
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def dot(x, y):
+    x, y, total = x.ravel(), y.ravel(), 0.0
+    for k in range(x.size):
+        total += x[k] * y[k]
+    return total
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def cg(S, b, tolerance):
+    """S.y = S^-1 b, from the best multiple of S.y = S^-1 S.b, whose residual is known; b becomes S.b. Returns the iterations.
+    They end where the energy of the error, res M^-1 res or res^2 over the least eigenvalue, is tolerance^2 of that of y."""
+    yb, last = dot(S.y, b), dot(S.y, S.b)
+    t = yb / last if last > 0 else 0.0
+    new, old, y, res, z, p, Sp = (
+        b.ravel(),
+        S.b.ravel(),
+        S.y.ravel(),
+        S.res.ravel(),
+        S.z.ravel(),
+        S.p.ravel(),
+        S.Sp.ravel(),
+    )
+    for k in range(y.size):
+        res[k] = new[k] - t * old[k]
+        y[k] *= t
+        old[k] = new[k]
+        p[k] = 0
+    bound, target, rz = min(least(S.ring, 0), least(S.ring, 1)), tolerance**2 * abs(t * yb), 1.0
+    for iteration in range(MOST_CG):
+        precondition(S.res, S, S.ring, S.z)
+        rz, previous = dot(S.res, S.z), rz
+        if rz == 0 or (iteration > 0 and rz <= target):
+            for k in range(y.size):
+                y[k] += z[k]
+            return iteration
+        for k in range(y.size):
+            p[k] = z[k] + rz / previous * p[k]
+        times_S(S, S.p, S.Sp)
+        step, rr = rz / dot(S.p, S.Sp), 0.0
+        for k in range(y.size):
+            y[k] += step * p[k]
+            res[k] -= step * Sp[k]
+            rr += res[k] * res[k]
+        target = tolerance**2 * abs(dot(S.y, b))
+        if rr <= target * bound:
+            return iteration
+        if not rr < np.inf:
+            return NOT_FINITE
+    return CG_FAILED
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def set_step(S, alpha, c):
+    scale(alpha, c, S.mu, S.g, S.e, S.ring)
+    S.y[:] = 0
+    S.b[:] = 0
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def lap_rows(u, dx2, out):
+    """out = lap u"""
+    N = u.shape[1]
+    for s in (0, N):
+        for i in range(N):
+            x, xm, xp, z = u[s + i], u[s + (i - 1 if i > 0 else N - 1)], u[s + (i + 1 if i < N - 1 else 0)], out[s + i]
+            for j in range(1, N - 1):
+                z[j] = (xm[j] + xp[j] + x[j - 1] + x[j + 1] - 4 * x[j]) / dx2
+            for j, jm, jp in ((0, N - 1, 1), (N - 1, N - 2, 0)):
+                z[j] = (xm[j] + xp[j] + x[jm] + x[jp] - 4 * x[j]) / dx2
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def multiply(x, y):
+    """x *= y; Numba's own takes seconds more to compile, for its message of shapes that differ."""
+    a, b = x.ravel(), y.ravel()
+    for k in range(a.size):
+        a[k] *= b[k]
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def add(x, y, c):
+    """x += y + c"""
+    p, q = x.ravel(), y.ravel()
+    for k in range(p.size):
+        p[k] += q[k] + c
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def reaction_rows(u, A, B, force, disc, out):
+    N = len(disc)
+    U, V, p, q = u[:N].ravel(), u[N:].ravel(), out[:N].ravel(), out[N:].ravel()
+    a, b, f = A.ravel(), B.ravel(), disc.ravel()
+    for k in range(U.size):
+        flow = a[k] * U[k] - U[k] * U[k] * V[k]
+        p[k] = b[k] - U[k] - flow + force * f[k]
+        q[k] = flow
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def combine(u, slopes, wE, wI, dt, n, out):
+    """out = u + dt times the first n slopes, each with its weight."""
+    x, z = u.ravel(), out.ravel()
+    for k in range(x.size):
+        z[k] = x[k]
+    for j in range(n):
+        p, q, a, b = slopes[0, j].ravel(), slopes[1, j].ravel(), dt * wE[j], dt * wI[j]
+        for k in range(x.size):
+            z[k] += a * p[k] + b * q[k]
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def stage(S, r, h, w, slope, tolerance):
+    """w = (1 - h alpha lap)^-1 r, S being of that h, and slope = alpha lap w."""
+    x, y, z, k_I = w.ravel(), S.y.ravel(), r.ravel(), slope.ravel()
+    e, g = S.e.ravel(), S.g.ravel()
+    for k in range(x.size):
+        x[k] = e[k] * z[k]
+    iterations = cg(S, w, tolerance)
+    for k in range(x.size):
+        x[k] = g[k] * y[k]
+        k_I[k] = (x[k] - z[k]) / h
+    return iterations
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def distance(u, w, slopes, error, dt, rtol, atol, S):
+    """The error of a step from u to w over what is tolerated, (1 - SMOOTH alpha lap)^-1 of it, with one alpha."""
+    N, d, x, y = len(S.Q), S.res.ravel(), u.ravel(), w.ravel()
+    d[:] = 0
+    for j in range(6):
+        p, q, a = slopes[0, j].ravel(), slopes[1, j].ravel(), dt * error[j]
+        for k in range(d.size):
+            d[k] += a * (p[k] + q[k])
+    precondition(S.res, S, S.smooth, S.z)
+    z, total = S.z.ravel(), 0.0
+    for s in range(2):
+        f = least(S.smooth, s)
+        for k in range(s * N * N, (s + 1) * N * N):
+            total += (f * z[k] / (atol + rtol * max(abs(x[k]), abs(y[k])))) ** 2
+    return np.sqrt(total / d.size)
+
+
+@njit(error_model="numpy")
+def ode_kernel(A, B, alpha, disc, course, ark, tolerances, S, dts, sampled, stages, r, slopes, counts):
+    """The loss from u0 in stages[0, 0]; the counts of steps, rejected ones, right-hand sides, solves and iterations, or in the
+    place of the first what went wrong."""
+    lengths, forced, samples = course
+    rtol, atol, cg_tolerance = tolerances
+    E, I, b, error = ark
+    n, gamma, dx2, c = 0, I[1, 1], 1.0 / (len(disc) - 1) ** 2, 0.0
+    counts[:] = 0
+    loss = misfit(stages[0, 0], 0.0)
+    scale(alpha, SMOOTH / dx2, S.mu, S.g, S.e, S.smooth)
+    h = 0.0  # of the next step
+    for piece in range(len(lengths)):
+        left, force = lengths[piece], FORCING * forced[piece]
+        if piece == 0 or forced[piece] != forced[piece - 1]:
+            h = FIRST * left
+        reaction_rows(stages[n, 0], A, B, force, disc, slopes[0, 0])
+        counts[2] += 1
+        while left > 0:
+            if n == len(dts):
+                counts[0] = FULL
+                return loss
+            u, new = stages[n, 0], stages[n + 1, 0]
+            lap_rows(u, dx2, slopes[1, 0])
+            multiply(slopes[1, 0], alpha)
+            off = np.inf
+            while not off <= 1:
+                equal = np.ceil(left / h - 1e-3)  # the steps that are left, were they equal
+                dt = left / equal
+                if dt < SHORTEST:
+                    counts[0] = TOO_SMALL
+                    return loss
+                if gamma * dt / dx2 != c:
+                    c = gamma * dt / dx2
+                    set_step(S, alpha, c)
+                done = 0
+                for i in range(1, 6):
+                    combine(u, slopes, E[i], I[i], dt, i, r)
+                    done = stage(S, r, gamma * dt, stages[n, i], slopes[1, i], cg_tolerance)
+                    if done < 0:
+                        break
+                    reaction_rows(stages[n, i], A, B, force, disc, slopes[0, i])
+                    counts[2] += 1
+                    counts[3] += 1
+                    counts[4] += done
+                if done == CG_FAILED:
+                    counts[0] = CG_FAILED
+                    return loss
+                combine(u, slopes, b, b, dt, 6, new)
+                off = distance(u, new, slopes, error, dt, rtol, atol, S) if done >= 0 else np.inf
+                h = dt * min(5.0, 0.9 * max(off, 1e-4) ** -0.25) if off < 1e4 else 0.1 * dt
+                counts[1] += not off <= 1
+            dts[n], sampled[n] = dt, 0.0
+            left = left - dt if equal > 1 else 0.0
+            n += 1
+            if left > 0:
+                reaction_rows(new, A, B, force, disc, slopes[0, 0])
+                counts[2] += 1
+        sampled[n - 1] = samples[piece]
+        if samples[piece] > 0:
+            loss = misfit(stages[n, 0], loss)
+    counts[0] = n
+    return loss
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def stage_vjp(w, A, l_E, l_I, f, gA, gB, mu):
+    """mu = f R'(w)^T l_E + l_I, and the cotangents of A and B."""
+    N = len(A)
+    U, V, a, p, q = w[:N].ravel(), w[N:].ravel(), A.ravel(), l_E[:N].ravel(), l_E[N:].ravel()
+    x, y, s, t, Ab, Bb = mu[:N].ravel(), mu[N:].ravel(), l_I[:N].ravel(), l_I[N:].ravel(), gA.ravel(), gB.ravel()
+    for k in range(U.size):
+        d = p[k] - q[k]
+        Ud = U[k] * d
+        Ab[k] -= Ud
+        Bb[k] += p[k]
+        x[k] = f * ((2 * U[k] * V[k] - a[k]) * d - p[k]) + s[k]
+        y[k] = f * U[k] * Ud + t[k]
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def weigh(lam, mu, E, I, b, dt, j, l_E, l_I):  # noqa: E741
+    """The cotangents of both slopes of stage j: through the step's end, and through the stages after it."""
+    x, p, q = lam.ravel(), l_E.ravel(), l_I.ravel()
+    for k in range(x.size):
+        p[k] = q[k] = dt * b[j] * x[k]
+    for i in range(j + 1, 6):
+        y, wE, wI = mu[i].ravel(), dt * E[i, j], dt * I[i, j]
+        for k in range(x.size):
+            p[k] += wE * y[k]
+            q[k] += wI * y[k]
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def stage_back(S, mu, l_I, f, lap, ab, tolerance):
+    """From f R'^T l_E + l_I in mu the cotangent of the stage's right-hand side, and that of alpha."""
+    z, l, x, a, y, g, e = mu.ravel(), l_I.ravel(), lap.ravel(), ab.ravel(), S.y.ravel(), S.g.ravel(), S.e.ravel()
+    for k in range(z.size):
+        z[k] *= g[k]
+    iterations = cg(S, mu, tolerance)
+    for k in range(z.size):
+        nu = e[k] * y[k]
+        a[k] += nu * x[k]
+        z[k] = (nu - l[k]) / f
+    return iterations
+
+
+@njit(error_model="numpy")
+def ode_vjp_kernel(n, A, alpha, ark, tolerance, S, dts, sampled, stages, lam, slopes, gradient):
+    """The gradient by the fields A, B, alpha1, alpha2; returns the iterations, or that one failed.
+
+    Of stage j the cotangents of its slopes are l_E and l_I, that of its right-hand side mu = (nu - l_I) / (gamma dt), where
+    nu = (1 - gamma dt lap alpha)^-1 (gamma dt R'^T l_E + l_I) is also that of alpha lap w.
+    """
+    E, I, b, _ = ark
+    N, gamma, dx2, c, iterations = len(A), I[1, 1], 1.0 / (len(A) - 1) ** 2, 0.0, 0
+    l_E, l_I, lap, mu = slopes[0, 0], slopes[0, 1], slopes[0, 2], slopes[1]
+    Ab, Bb, ab = gradient[:N], gradient[N : 2 * N], gradient[2 * N :]
+    gradient[:] = 0
+    lam[:] = 0
+    for step in range(n - 1, -1, -1):
+        if sampled[step] > 0:
+            add(lam, stages[step + 1, 0], -1.0)
+        dt = dts[step]
+        if gamma * dt / dx2 != c:
+            c = gamma * dt / dx2
+            set_step(S, alpha, c)
+        for j in range(5, 0, -1):
+            weigh(lam, mu, E, I, b, dt, j, l_E, l_I)
+            lap_rows(stages[step, j], dx2, lap)
+            stage_vjp(stages[step, j], A, l_E, l_I, gamma * dt, Ab, Bb, mu[j])
+            done = stage_back(S, mu[j], l_I, gamma * dt, lap, ab, tolerance)
+            if done < 0:
+                return CG_FAILED
+            iterations += done
+        weigh(lam, mu, E, I, b, dt, 0, l_E, l_I)
+        lap_rows(stages[step, 0], dx2, lap)
+        multiply(lap, l_I)
+        add(ab, lap, 0.0)
+        multiply(l_I, alpha)
+        lap_rows(l_I, dx2, lap)
+        stage_vjp(stages[step, 0], A, l_E, lap, 1.0, Ab, Bb, mu[0])
+        for j in range(6):
+            add(lam, mu[j], 0.0)
+    return iterations
+
+
+def ode_primal(theta, data, size, work):
+    """The loss, and the counts of steps, rejected ones, right-hand sides, solves and iterations; the steps stay in work."""
+    np.concatenate([theta["alpha1"], theta["alpha2"]], out=work.alpha)
+    fields, counts = (theta["A"], theta["B"], work.alpha, data["disc"]), np.empty(5, int)
+    course, ark, tolerances = tuple(pieces(size)), tuple(kencarp4()), ark_tolerances(size, work.r.dtype)
+    while True:
+        work.kept[2][0, 0] = data["u0"].reshape(work.r.shape)
+        scratch = work.r, work.slopes, counts
+        loss = ode_kernel(*fields, course, ark, tolerances, work.S, *work.kept, *scratch)
+        steps = len(work.kept[0])
+        if counts[0] != FULL or steps >= MOST_STEPS:
+            break
+        work.kept[:] = room(min(4 * steps, MOST_STEPS), size.N, work.r.dtype)
+    if counts[0] < 0:
+        raise {CG_FAILED: unsolved, FULL: endless, TOO_SMALL: stiff}[counts[0]]()
+    return loss, counts
+
+
+def ode(theta, data, size, work):
+    return ode_primal(theta, data, size, work)[0]
+
+
+def ode_adjoint(theta, data, size, work):
+    loss, counts = ode_primal(theta, data, size, work)
+    _, _, tolerance = ark_tolerances(size, work.r.dtype)
+    scratch = work.lam, work.slopes, work.gradient
+    if (
+        ode_vjp_kernel(counts[0], theta["A"], work.alpha, tuple(kencarp4()), tolerance, work.S, *work.kept, *scratch)
+        < 0
+    ):
+        raise unsolved()
+    return loss, dict(zip(theta, work.gradient.reshape(4, size.N, size.N), strict=True))
+
+
+def ode_stats(theta, data, size):
+    """Of the primal; the adjoint has the same steps and as many solves."""
+    _, counts = ode_primal(theta, data, size, ode_prepare(structure(theta, data), size))
+    names = "steps", "rejected", "rhs_calls", "linear_solves", "cg_iterations"
+    return dict(zip(names, counts, strict=True))
+
+
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
     "imex": {"loops": Implementation(imex, imex_prepare, strategies={"adjoint": imex_adjoint, "duals": imex_duals})},
     "implicit": {
         "loops": Implementation(implicit, implicit_prepare, implicit_stats, strategies={"adjoint": implicit_adjoint})
     },
+    "ode": {"loops": Implementation(ode, ode_prepare, ode_stats, strategies={"adjoint": ode_adjoint})},
 }
