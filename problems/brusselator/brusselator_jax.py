@@ -222,8 +222,8 @@ def ode(theta, data, size):
     alpha = jnp.stack([theta["alpha1"], theta["alpha2"]])
     fixed, dtype = lax.stop_gradient(alpha) * (N - 1) ** 2, u0.dtype
     rtol, atol, tolerance = ark_tolerances(size, dtype)
-    E, I, b, error = kencarp4()  # noqa: E741
-    course, gamma = pieces(size), I[1, 1]
+    E, I, b, error = (x.tolist() for x in kencarp4())  # noqa: E741 - plain numbers take the dtype of what they meet
+    course, gamma = pieces(size), I[1][1]
     count = len(course.lengths)
     lengths, forces, samples = (jnp.asarray(np.append(x, x[-1]), dtype) for x in course)
     Q, mu = jnp.asarray(fourier(N), dtype), jnp.asarray(2 + eigenvalues(N) / (N - 1) ** 2, dtype)
@@ -269,7 +269,7 @@ def ode(theta, data, size):
         solve, force = solver(gamma * dt), FORCING * forces[piece] * disc
         k_E, k_I = [reaction(u, A, B, force)], [alpha * lap(u, N)]
         for i in range(1, 6):
-            r = u + dt * sum(E[i, j] * k_E[j] + I[i, j] * k_I[j] for j in range(i))
+            r = u + dt * sum(E[i][j] * k_E[j] + I[i][j] * k_I[j] for j in range(i))
             w = solve(r)
             k_E.append(reaction(w, A, B, force))
             k_I.append((w - r) / (gamma * dt))
