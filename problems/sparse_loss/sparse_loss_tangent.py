@@ -9,8 +9,8 @@ import numpy as np
 import tangent
 from scipy.sparse import sparray
 
-from problems import Implementation
-from problems.sparse_loss import band, cholesky, gather, incidence, substitute
+from problems import Implementation, sparse_loss
+from problems.sparse_loss import band, box, cholesky, gather, incidence, slot_matrices, substitute
 
 tangent.utils.register_init_grad(sparray, lambda M: 0.0)  # forward mode wants a tangent of every argument
 
@@ -128,6 +128,41 @@ def fem_solve(theta, data, size, work):
     return np.dot(r, r) / (2 * len(r))
 
 
+def hopping(x, image, along, lengths):
+    """t of every bond; along (bonds, n) takes sites to differences."""
+    d = times(along, x) + image * lengths
+    r = np.sqrt(np.sum(d * d, 1))
+    return sparse_loss.T0 * np.exp(-sparse_loss.BETA * (r / sparse_loss.A - 1))
+
+
+def row_by_row(H, near, x):
+    """H x; near (3 n, n) takes sites to the places of H's entries, (n, 3)."""
+    return np.sum(H * np.reshape(times(near, x), np.shape(H)), 1)
+
+
+def tight_binding(theta, data, size, work):
+    near, number, along, lengths, x = work[0], work[1], work[2], work[3], data["x"]
+    t = hopping(theta["positions"], data["image"], along, lengths)
+    H = np.reshape(times(number, t), (len(x), 3))
+    y = row_by_row(H, near, x)
+    return np.dot(y, y) / 2
+
+
+def kpm(theta, data, size, work):
+    near, number, along, lengths, v = work[0], work[1], work[2], work[3], data["v"]
+    t = hopping(theta["positions"], data["image"], along, lengths)
+    H = np.reshape(times(number, t), (len(v), 3)) / sparse_loss.HALF_WIDTH
+    before = v
+    now = row_by_row(H, near, v)
+    loss = np.dot(v, v) ** 2 / 2
+    for _ in range(1, size.K):
+        loss = loss + np.dot(v, now) ** 2 / 2
+        after = 2 * row_by_row(H, near, now) - before
+        before = now
+        now = after
+    return loss
+
+
 def matvec_prepare(structure, size):
     ends, matrix = gather(structure)
     return ends, matrix, incidence(structure, ends)
@@ -138,7 +173,17 @@ def solve_prepare(structure, size):
     return ends, matrix, band(ends.T, structure["inner"], *structure["u_star"].shape), []
 
 
+def tight_binding_prepare(structure, size):
+    return *slot_matrices(structure, "x"), box(size, structure["x"].dtype)
+
+
+def kpm_prepare(structure, size):
+    return *slot_matrices(structure, "v"), box(size, structure["v"].dtype)
+
+
 IMPLEMENTATION = {
     "fem_matvec": {"array": Implementation(fem_matvec, matvec_prepare)},
     "fem_solve": {"array": Implementation(fem_solve, solve_prepare)},
+    "tight_binding": {"array": Implementation(tight_binding, tight_binding_prepare)},
+    "kpm": {"array": Implementation(kpm, kpm_prepare)},
 }

@@ -12,7 +12,7 @@ import warp as wp
 
 from backends.warp_backend import record, scratch
 from problems import Implementation
-from problems.sparse_loss import Band, band, cholesky, edges, substitute
+from problems.sparse_loss import BETA, HALF_WIDTH, T0, A, Band, band, box, cholesky, edges, slots, substitute
 
 
 @cache
@@ -240,6 +240,99 @@ def solve_prepare(structure, size):
     return work, Solve(solve_kernels(real), b, integers(b.slot), integers(b.ends), F, u, lam, loss)
 
 
+# The lattice
+
+
+@cache
+def lattice_kernels(real):
+    number, field, indices = wp.array(dtype=real), wp.array2d(dtype=real), wp.array2d(dtype=wp.int32)
+    a, beta, t0 = real(A), real(BETA), real(T0)
+
+    @wp.kernel
+    def hopping(x: field, bonds: wp.array2d(dtype=wp.int64), image: field, Lx: real, Ly: real, scale: real, t: number):
+        e = wp.tid()
+        i, j = int(bonds[e, 0]), int(bonds[e, 1])
+        dx, dy = x[j, 0] - x[i, 0] + image[e, 0] * Lx, x[j, 1] - x[i, 1] + image[e, 1] * Ly
+        t[e] = scale * t0 * wp.exp(-beta * (wp.sqrt(dx * dx + dy * dy) / a - real(1)))
+
+    @wp.func
+    def row_by_row(t: number, near: indices, bond: indices, x: number, i: int):
+        return t[bond[i, 0]] * x[near[i, 0]] + t[bond[i, 1]] * x[near[i, 1]] + t[bond[i, 2]] * x[near[i, 2]]
+
+    @wp.kernel
+    def product(t: number, near: indices, bond: indices, x: number, y: number):
+        """y = H x"""
+        i = wp.tid()
+        y[i] = row_by_row(t, near, bond, x, i)
+
+    @wp.kernel
+    def chebyshev_step(t: number, near: indices, bond: indices, x: number, before: number, y: number):
+        i = wp.tid()
+        y[i] = real(2) * row_by_row(t, near, bond, x, i) - before[i]
+
+    @wp.kernel
+    def clear(mu: number):
+        """A launch, not zero_(), which would leave its gradient on the way back."""
+        mu[wp.tid()] = real(0)
+
+    @wp.kernel
+    def moment(v: number, y: number, k: int, mu: number):
+        i = wp.tid()
+        wp.atomic_add(mu, k, v[i] * y[i])
+
+    @wp.kernel
+    def half_square(y: number, loss: number):
+        i = wp.tid()
+        wp.atomic_add(loss, 0, real(0.5) * y[i] * y[i])
+
+    return hopping, product, chebyshev_step, clear, moment, half_square
+
+
+class Bonds(NamedTuple):
+    kernels: tuple
+    near: wp.array  # (n, 3) the site at the other end of each bond of a site
+    bond: wp.array  # (n, 3) which bond that is
+    lengths: tuple  # of the periodic box
+    t: wp.array  # (bonds)
+    T: list  # of (n): H x, or T_k v for k = 1, 2, ...
+    mu: wp.array  # (K)
+    loss: wp.array
+
+
+def tight_binding(theta, data, size, w):
+    hopping, product, *_, half_square = w.kernels
+    w.loss.zero_()
+    wp.launch(hopping, w.t.size, [theta["positions"], data["bonds"], data["image"], *w.lengths, 1.0], [w.t])
+    wp.launch(product, w.near.shape[0], [w.t, w.near, w.bond, data["x"]], [w.T[0]])
+    wp.launch(half_square, w.T[0].size, [w.T[0]], [w.loss])
+    return w.loss
+
+
+def kpm(theta, data, size, w):
+    hopping, product, chebyshev_step, clear, moment, half_square = w.kernels
+    n, T = w.near.shape[0], [data["v"], *w.T]
+    w.loss.zero_()
+    wp.launch(hopping, w.t.size, [theta["positions"], data["bonds"], data["image"], *w.lengths, 1 / HALF_WIDTH], [w.t])
+    wp.launch(product, n, [w.t, w.near, w.bond, T[0]], [T[1]])
+    for k in range(2, size.K):
+        wp.launch(chebyshev_step, n, [w.t, w.near, w.bond, T[k - 1], T[k - 2]], [T[k]])
+    wp.launch(clear, size.K, [], [w.mu])
+    for k in range(size.K):
+        wp.launch(moment, n, [data["v"], T[k], k], [w.mu])
+    wp.launch(half_square, size.K, [w.mu], [w.loss])
+    return w.loss
+
+
+def lattice_prepare(structure, size):
+    (n, _), dtype = structure["positions"]
+    real, bonds = wp.dtype_from_numpy(dtype), structure["bonds"]
+    near, bond, *_ = slots(bonds)
+    K = getattr(size, "K", 2)
+    T = [scratch(n, real) for _ in range(1, K)]
+    lengths, numbers = tuple(box(size)), (scratch(many, real) for many in (K, 1))
+    return Bonds(lattice_kernels(real), integers(near), integers(bond), lengths, scratch(len(bonds), real), T, *numbers)
+
+
 IMPLEMENTATION = {
     "fem_matvec": {"loops": Implementation(fem_matvec, matvec_prepare)},
     "fem_solve": {
@@ -252,4 +345,6 @@ IMPLEMENTATION = {
             },
         ),
     },
+    "tight_binding": {"loops": Implementation(tight_binding, lattice_prepare)},
+    "kpm": {"loops": Implementation(kpm, lattice_prepare)},
 }
