@@ -40,6 +40,7 @@ PRESETS = {
 }
 
 DISTURBED = 1.25  # times the calm kernel; idle, the cells of a run differ by 0.1
+FOR_EACH_ENTRY = ("forward", "duals")
 AGAIN_S = 30.0  # a cell that took longer is not measured again
 
 
@@ -63,6 +64,11 @@ def plan(patterns: list[str], preset: str, device: str) -> list[Cell]:
             f"The preset {preset} has no cell that matches {' '.join(patterns)}; add a size, as in {patterns[0]}@tiny."
         )
     return [found[address] for address in sorted(found)]
+
+
+def _late(cell: Cell) -> tuple[int, bool]:
+    """A small size tells of a large one, and a primal of what runs it for every entry."""
+    return SIZES.index(cell.size) if cell.size in SIZES else 0, cell.strategy in FOR_EACH_ENTRY
 
 
 def _main(cell: Cell) -> bool:
@@ -94,9 +100,7 @@ def start(patterns: list[str], preset: str, device: str, seed: int | None = None
     order = plan(patterns, preset, device)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     random.Random(seed).shuffle(order)
-    order.sort(
-        key=lambda cell: SIZES.index(cell.size) if cell.size in SIZES else 0
-    )  # a small size tells of a large one
+    order.sort(key=_late)
     head, dirty = commit()
     writer = Writer(f"{now:%Y%m%dT%H%M%SZ}-{'run' if patterns else preset}", new=True)
     context = Context.model_validate(
@@ -266,18 +270,27 @@ def _will_break(cell: Cell, context: Context, records: dict[str, CellRecord]) ->
         took, limit = s.derivative.median if s else 0.0, context.limit_s
         if 3 * took > limit:
             return f"Not run: three times its {took:.0f} s at {smaller} would break the limit of {limit:.0f} s."
-        if cell.strategy in ("forward", "duals") and last.blocks:
+        if cell.strategy in FOR_EACH_ENTRY and last.blocks:
             try:
                 times = sum(entries(cell).values()) / sum(block.size for block in last.blocks.values())
             except NoReference:  # the cell itself says so
                 return ""
-            if times * took > limit:
+            growth = _growth(cell, smaller, records)
+            if times * growth * took > limit:
                 return (
-                    f"Not run: theta has {times:.0f} times the entries of {smaller}, where the gradient took {took:.2g} s; "
-                    f"at no more an entry it would break the limit of {limit:.0f} s."
+                    f"Not run: theta has {times:.0f} times the entries of {smaller}, where the gradient took {took:.2g} s, and "
+                    f"a primal takes {growth:.2g} times as long; it would break the limit of {limit:.0f} s."
                 )
         return ""
     return ""
+
+
+def _growth(cell: Cell, smaller: str, records: dict[str, CellRecord]) -> float:
+    """How much longer a primal of this library takes than at the smaller size, by its main way there and here; 1 if unknown."""
+    main = replace(cell, strategy=backend(cell.backend).strategies()[0])
+    both = [records.get(replace(main, size=size).address) for size in (cell.size, smaller)]
+    here, there = (summary(r) if r else None for r in both)
+    return max(1.0, here.primal.minimum / there.primal.minimum) if here and there else 1.0
 
 
 def _floors(writer: Writer, context: Context, before: Run | None, plan: list[Cell], console: Console) -> None:

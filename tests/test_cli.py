@@ -7,12 +7,15 @@ import re
 import shlex
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 from conftest import PLAIN, is_refusal, is_sentence
 
+from harness import run
+from harness.cells import cell
 from harness.ledger import CellRecord, Context, End, Run
 from problems import brusselator, gold
 
@@ -368,3 +371,33 @@ def test_a_run_with_a_wrong_cell_exits_with_1_and_holds_it(bowls):
         and found["bowl.a/numpy/difference@tiny"].processes == []
     )
     assert "bowl.a/numpy/difference@tiny" in done.stderr and "wrong" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "growth, times, status", [(1, 1, ""), (10, 2, ""), (25, 1, "25 times as long"), (1, 40, "40 times the entries")]
+)
+def test_what_runs_once_for_each_entry_is_predicted_by_entries_and_primals(monkeypatch, growth, times, status):
+    """And comes last among its size, when the primals are known."""
+
+    def measured(seconds, entries):
+        time = SimpleNamespace(minimum=seconds, median=seconds)
+        return SimpleNamespace(
+            status="ok", blocks={"u": SimpleNamespace(size=entries)}, s=SimpleNamespace(primal=time, derivative=time)
+        )
+
+    ways = [
+        cell(f"brusselator.rhs/jax/{strategy}@{size}")
+        for size in ("small", "large")
+        for strategy in ("forward", "reverse")
+    ]
+    assert [c.strategy for c in sorted(ways, key=run._late)] == ["reverse", "forward"] * 2
+    large = ways[2]
+    records = {
+        ways[0].address: measured(2.0, 10),
+        ways[1].address: measured(0.1, 10),
+        ways[3].address: measured(0.1 * growth, 10),
+    }
+    monkeypatch.setattr(run, "summary", lambda record: record.s)
+    monkeypatch.setattr(run, "entries", lambda c: {"u": 10 * times})
+    said = run._will_break(large, SimpleNamespace(limit_s=45.0), records)
+    assert status in is_sentence(said) if status else said == ""
