@@ -86,7 +86,13 @@ diffuse_rule = jax.custom_vjp(diffuse)
 diffuse_rule.defvjp(diffuse_forward, diffuse_back)
 
 
-def imex(theta, data, size, keep=lambda interval: interval, diffuse=diffuse):
+def explicit(U, V, A, B, force, disc, dt):
+    """u + dt R(u)"""
+    flow = A * U - U * U * V
+    return U + dt * (B - U - flow + force * disc), V + dt * flow
+
+
+def imex(theta, data, size, keep=lambda interval: interval, explicit=explicit, diffuse=diffuse):
     u0, A, B, alpha, dt = theta["u0"], theta["A"], theta["B"], theta["alpha"], size.dt
     saves, every, first = clock(size)
     lam = eigenvalues(size.N).astype(u0.dtype)
@@ -96,9 +102,7 @@ def imex(theta, data, size, keep=lambda interval: interval, diffuse=diffuse):
         return jnp.sum((1 - U) ** 2 + (1 - V) ** 2) / 2
 
     def step(u, force):
-        U, V = u
-        flow = A * U - U * U * V
-        return diffuse(g, U + dt * (B - U - flow + force * data["disc"]), V + dt * flow), None
+        return diffuse(g, *explicit(*u, A, B, force, data["disc"], dt)), None
 
     @keep
     def interval(u, forces):
