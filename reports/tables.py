@@ -305,7 +305,7 @@ def _outcome(tried: AsIs | None, notes: list[str]) -> str:
 
 def _nearest_way(rows: pd.DataFrame, task: str, library: str) -> list[str]:
     """(lines, way, ratio) of the ok way at the size shown that has the fewest lines which no form of the statement has."""
-    part = rows.loc[(rows.task == task) & (rows.reference == "discrete") & (rows.device == "cpu")]
+    part = rows.loc[(rows.task == task) & (rows.device == "cpu")]
     part = part.loc[(part["size"] == shown_size(part)) & (part.backend == library) & (part.status == "ok")]
     part = part.loc[~part.strategy.isin(NOT_AD) & part.changed.notna()]
     if part.empty:

@@ -335,6 +335,9 @@ def test_continuous_reference_stands_apart(report, monkeypatch):
     assert "## CPU, float64, 1 thread, continuous reference" in markdown
     assert "a time without its error says nothing" in markdown
     assert "brusselator.ode" not in markdown.split("\n## CPU")[2]
+    tried = as_is("jax", "array", "ok", error=1e-5).model_copy(update={"task": "ode"})
+    markdown, *_ = report([*MATRIX, cell("brusselator.ode/jax/reverse@large", 1e-3), tried])
+    assert "brusselator.ode" in markdown.split("## Must I rewrite my code?")[1]
 
 
 def test_a_task_of_another_version_keeps_its_rows(report):
