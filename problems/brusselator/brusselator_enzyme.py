@@ -4,8 +4,8 @@ The reverse pass of a stencil is a scatter, the hand adjoint of rhs a gather: 22
 takes 8, the zeros that a scatter starts from 22, the primal 50 and the reverse pass 145, 32 if no cell had neighbours. Ten
 sums a cell go to memory, and may be those of the next cell: no SIMD. The same scatter by hand in Numba takes 340.
 
-Of imex the reaction is Enzyme's, and JAX's FFT and loop are around it: that is 0.56 of the time of JAX alone at N = 64 and as
-much at 32. In `loops` all of it is one kernel, where the waves are had by products with Q: 1.8 and 3.8 times as long. Of
+Of imex the reaction is Enzyme's, and JAX's FFT and loop are around it: that is 0.6 to 0.8 of the time of JAX alone at N = 64,
+as much at 32. In `loops` all of it is one kernel, where the waves are had by products with Q: 3.6 and 1.8 times as long. Of
 implicit the elimination itself is differentiated, in every Newton iteration, of which the hand adjoint does without most.
 """
 
