@@ -155,19 +155,14 @@ def slots(bonds):
     return *(a.reshape(-1, 3) for a in (near, number, sign)), place.reshape(2, -1)
 
 
-def slot_matrices(structure, of):
+def slot_matrices(structure):
     """The 0/1 matrices (3 n, n) and (3 n, bonds) that take sites and bonds to the places of H's entries row by row, and the one
-    (bonds, n) that takes sites to differences along bonds, for libraries as in `gather`; `of` names an array of sites."""
-    bonds, (shape, dtype) = structure["bonds"], structure[of]
-    near, number, *_ = (a.ravel() for a in slots(bonds)[:2])
-    n, many, places, one = *shape, len(bonds), np.arange(near.size), np.ones(near.size, dtype)
-    (i, j), edge = bonds.T, np.arange(many)
-    along = np.concatenate([edge, edge]), np.concatenate([j, i])
-    return (
-        csr_array((one, (places, near)), (near.size, n)),
-        csr_array((one, (places, number)), (near.size, many)),
-        csr_array((np.concatenate([one[:many], -one[:many]]), along), (many, n)),
-    )
+    (bonds, n) that takes sites to differences along bonds, for libraries as in `gather`."""
+    bonds, ((n, _), dtype) = structure["bonds"], structure["positions"]
+    near, number = (a.ravel() for a in slots(bonds)[:2])
+    places, one = np.arange(near.size), np.ones(near.size, dtype)
+    take = (csr_array((one, (places, where)), (near.size, many)) for where, many in ((near, n), (number, len(bonds))))
+    return *take, incidence(bonds.T, n, dtype).T.tocsr()
 
 
 def pattern(tri):
@@ -200,11 +195,11 @@ def gather(structure):
     return ends.T, csr_array((one, (np.arange(len(where)), where)), (len(where), len(ends)))
 
 
-def incidence(structure, ends):
+def incidence(ends, n, dtype):
     """(n, edges): its transpose takes nodes to differences along edges."""
-    (i, j), number, one = ends, np.arange(len(ends[0])), np.ones(len(ends[0]), structure["w"].dtype)
+    (i, j), number, one = ends, np.arange(len(ends[0])), np.ones(len(ends[0]), dtype)
     where = np.concatenate([j, i]), np.concatenate([number, number])
-    return csr_array((np.concatenate([one, -one]), where), (structure["w"].shape[0], len(number)))
+    return csr_array((np.concatenate([one, -one]), where), (n, len(number)))
 
 
 class Band(NamedTuple):

@@ -468,6 +468,7 @@ def solve_prepare(structure, size):
 
 
 class Bonds(NamedTuple):
+    lengths: tuple  # of the periodic box
     near: np.ndarray  # (n, 3) the site at the other end of each bond of a site, int32 as all indices here
     number: np.ndarray  # (n, 3) which bond that is
     sign: np.ndarray  # (n, 3) whether it ends here, 1, or begins here, -1
@@ -591,21 +592,9 @@ def moments_vjp(near, H, v, T, mu, b, after, Hb):
             Hb[i, s] += b[i] * v[near[i, s]]
 
 
-def build_hamiltonian(theta, data, size, scale, w):
-    hopping(
-        theta["positions"],
-        data["bonds"],
-        data["image"],
-        *box(size),
-        scale,
-        w.place,
-        w.bits,
-        w.power,
-        w.d,
-        w.r,
-        w.t,
-        w.H.reshape(-1),
-    )
+def build_hamiltonian(theta, data, scale, w):
+    x, bonds, image, buffers = theta["positions"], data["bonds"], data["image"], (w.bits, w.power, w.d, w.r, w.t)
+    hopping(x, bonds, image, *w.lengths, scale, w.place, *buffers, w.H.reshape(-1))
 
 
 def build_hamiltonian_vjp(w, xb):
@@ -615,7 +604,7 @@ def build_hamiltonian_vjp(w, xb):
 
 def tight_binding(theta, data, size, work):
     w, y, _ = work
-    build_hamiltonian(theta, data, size, 1.0, w)
+    build_hamiltonian(theta, data, 1.0, w)
     return product(w.near, w.H, data["x"], y)
 
 
@@ -628,24 +617,25 @@ def tight_binding_adjoint(theta, data, size, work):
 
 def kpm(theta, data, size, work):
     w, T, mu, _, _ = work
-    build_hamiltonian(theta, data, size, 1 / HALF_WIDTH, w)
+    build_hamiltonian(theta, data, 1 / HALF_WIDTH, w)
     return moments(w.near, w.H, data["v"], T[:3], mu)
 
 
 def kpm_adjoint(theta, data, size, work):
     w, T, mu, (b, after), xb = work
-    build_hamiltonian(theta, data, size, 1 / HALF_WIDTH, w)
+    build_hamiltonian(theta, data, 1 / HALF_WIDTH, w)
     loss = moments(w.near, w.H, data["v"], T, mu)
     moments_vjp(w.near, w.H, data["v"], T, mu, b, after, w.Hb)
     return loss, build_hamiltonian_vjp(w, xb)
 
 
-def lattice_prepare(structure):
+def lattice_prepare(structure, size):
     dtype, bonds = structure["positions"].dtype, structure["bonds"]
     near, number, sign, place = slots(bonds)
     bits, many = np.empty(BLOCK, np.int64), len(bonds)
     H, Hb = np.empty((2, *near.shape), dtype)
     return Bonds(
+        tuple(box(size).tolist()),
         *(a.astype(np.int32) for a in (near, number)),
         sign=sign.astype(dtype),
         place=place.astype(np.int32),
@@ -661,13 +651,13 @@ def lattice_prepare(structure):
 
 def tight_binding_prepare(structure, size):
     shape, dtype = structure["positions"]
-    return lattice_prepare(structure), np.empty(shape[0], dtype), np.empty(shape, dtype)
+    return lattice_prepare(structure, size), np.empty(shape[0], dtype), np.empty(shape, dtype)
 
 
 def kpm_prepare(structure, size):
     shape, dtype = structure["positions"]
     T, b = (np.empty((many, shape[0]), dtype) for many in (max(size.K, 3), 2))
-    return lattice_prepare(structure), T, np.empty(size.K, dtype), b, np.empty(shape, dtype)
+    return lattice_prepare(structure, size), T, np.empty(size.K, dtype), b, np.empty(shape, dtype)
 
 
 IMPLEMENTATION = {

@@ -165,7 +165,7 @@ def kpm(theta, data, size, work):
 
 def matvec_prepare(structure, size):
     ends, matrix = gather(structure)
-    return ends, matrix, incidence(structure, ends)
+    return ends, matrix, incidence(ends, *structure["w"].shape, structure["w"].dtype)
 
 
 def solve_prepare(structure, size):
@@ -173,17 +173,13 @@ def solve_prepare(structure, size):
     return ends, matrix, band(ends.T, structure["inner"], *structure["u_star"].shape), []
 
 
-def tight_binding_prepare(structure, size):
-    return *slot_matrices(structure, "x"), box(size, structure["x"].dtype)
-
-
-def kpm_prepare(structure, size):
-    return *slot_matrices(structure, "v"), box(size, structure["v"].dtype)
+def lattice_prepare(structure, size):
+    return *slot_matrices(structure), box(size, structure["positions"].dtype)
 
 
 IMPLEMENTATION = {
     "fem_matvec": {"array": Implementation(fem_matvec, matvec_prepare)},
     "fem_solve": {"array": Implementation(fem_solve, solve_prepare)},
-    "tight_binding": {"array": Implementation(tight_binding, tight_binding_prepare)},
-    "kpm": {"array": Implementation(kpm, kpm_prepare)},
+    "tight_binding": {"array": Implementation(tight_binding, lattice_prepare)},
+    "kpm": {"array": Implementation(kpm, lattice_prepare)},
 }
