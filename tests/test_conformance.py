@@ -14,6 +14,7 @@ from harness.environments import is_made, python
 from harness.measure import attempt, spec_of
 from harness.processes import thread_environ
 from harness.reference import reference
+from harness.run import PRESETS, _taken
 
 TINY = sorted(cells("*@tiny"), key=lambda c: (c.backend, c.address))
 # Odd numbers, other parameters: where indices and defaults go wrong. A new problem may add some, and needs none.
@@ -106,8 +107,7 @@ def is_ok(result):
 @pytest.mark.parametrize("c", TINY, ids=lambda c: c.address)
 def test_every_cell_is_ok_or_says_why_not(c, quickly):
     status, reason = known_status(c)
-    main = c.strategy == backend(c.backend).strategies()[0]
-    if not (c.natural or main or os.environ.get("ADPHYS_SLOW")):
+    if not (_taken(c, PRESETS["default"].ways) or os.environ.get("ADPHYS_SLOW")):
         pytest.skip("a second form in a second strategy is a cell of the full preset alone; ADPHYS_SLOW=1 runs it")
     if status == "unsupported":
         if not is_made(backend(c.backend)):
