@@ -20,10 +20,11 @@ from backends.enzyme_backend import differentiable, output, scratch
 from problems import Implementation
 from problems.brusselator import FORCING, T_FORCING, brusselator_jax, clock, eigenvalues, fourier
 from problems.brusselator.brusselator_numba import (
+    fold,
     imex_basis,
     imex_kernel,
     implicit_kernel,
-    implicit_prepare,
+    react,
     rhs_kernel,
 )
 
@@ -102,21 +103,11 @@ def imex(theta, data, size):
     return differentiable(from_start)(u0, A, B, data["disc"], S, size.dt, saves * every, every, first, states, r, waves)
 
 
-@njit(fastmath=True)
-def explicit_kernel(U, V, A, B, force, disc, dt, P, R):
-    """u + dt R(u)"""
-    N = disc.shape[0]
-    for i in range(N):
-        x, y, f, p, q = U[i], V[i], disc[i], P[i], R[i]
-        for j in range(N):
-            flow = A * x[j] - x[j] * x[j] * y[j]
-            p[j] = x[j] + dt * (B - x[j] - flow + force * f[j])
-            q[j] = y[j] + dt * flow
-
-
 def explicit(U, V, A, B, force, disc, dt):
-    P, R = (output(U.shape, U.dtype) for _ in range(2))
-    return differentiable(explicit_kernel)(U, V, A, B, force, disc, dt, P, R)
+    """u + dt R(u)"""
+    N, u = len(disc), jnp.concatenate([U, V])
+    U0, V0, r = differentiable(react)(u, A, B, force, disc, dt, output(u.shape, u.dtype))
+    return U0 + r[:N], V0 + r[N:]
 
 
 def imex_fft(theta, data, size):
@@ -193,20 +184,20 @@ def implicit_from_start(u0, A, B, c, disc, row, N, dt, steps, every, first, tole
     return loss if iterations > 0 else np.nan * loss
 
 
-def implicit(theta, data, size, work):
+def implicit(theta, data, size):
     """N is an array, whose value LLVM does not know: it unrolls loops of 32 before it could make them SIMD, and at N = 8 the
     primal takes 11 times as long then, compiling the gradient twice."""
     N, u0, (saves, every, first) = size.N, theta["u0"], clock(size)
-    c = size.dt * theta["alpha"] * (N - 1) ** 2
-    buffers = (scratch(b.shape, b.dtype) for b in (work.states[:2], work.P, work.F, work.x, work.y))
+    c, m, (row, R) = size.dt * theta["alpha"] * (N - 1) ** 2, 2 * N, fold(N)
+    buffers = (scratch(shape, u0.dtype) for shape in ((2, R, m), (R // 2, 2 * m, 2 * m), (R, m), (R, m), 2 * m))
     fixed = size.dt, saves * every, every, first, float(np.sqrt(np.finfo(u0.dtype).eps))
     return differentiable(implicit_from_start)(
-        u0, theta["A"], theta["B"], c, data["disc"], work.row, jnp.asarray(N), *fixed, *buffers
+        u0, theta["A"], theta["B"], c, data["disc"], jnp.asarray(row), jnp.asarray(N), *fixed, *buffers
     )
 
 
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs), "cpp": Implementation(rhs_cpp)},
     "imex": {"fft": Implementation(imex_fft), "loops": Implementation(imex), "cpp": Implementation(imex_cpp)},
-    "implicit": {"loops": Implementation(implicit, implicit_prepare)},
+    "implicit": {"loops": Implementation(implicit)},
 }

@@ -35,6 +35,9 @@ from problems.brusselator import (
     unsolved,
 )
 
+# all but that numbers are finite: by that ode refuses a step that is too long
+FAST = {"reassoc", "contract", "arcp", "nsz", "afn"}
+
 
 @njit(fastmath=True)
 def rhs_kernel(u, A, B, c, force, disc, v):
@@ -271,24 +274,23 @@ def turn(x, order, out):
                 out[s + j, k] = z[j]
 
 
-@njit(fastmath=True)
+@njit(fastmath=FAST)
 def ring(waves, a, g, around, y):
     """y_n = a y_{n-1} + r_n forward, then backward: once around for the y that the ring closes with, once for all."""
     N = a.size
-    for s in (0, N):
-        for i, way in ((s, 1), (s + N - 1, -1)):
-            y[:] = 0
-            for n in range(N):
-                w = waves[i + way * n]
-                for k in range(N):
-                    y[k] = a[k] * y[k] + w[k]
+    for first, way in ((0, 1), (N - 1, -1)):
+        y[:] = 0
+        for n in range(N):
+            w = waves[first + way * n]
             for k in range(N):
-                y[k] *= around[k]
-            for n in range(N):
-                w = waves[i + way * n]
-                for k in range(N):
-                    y[k] = a[k] * y[k] + w[k]
-                    w[k] = g[k] * y[k]
+                y[k] = a[k] * y[k] + w[k]
+        for k in range(N):
+            y[k] *= around[k]
+        for n in range(N):
+            w = waves[first + way * n]
+            for k in range(N):
+                y[k] = a[k] * y[k] + w[k]
+                w[k] = g[k] * y[k]
 
 
 @njit(fastmath=True)
@@ -303,7 +305,8 @@ def diffuse(r, dU, dV, S, waves, out):
         turn(r, order, waves)
     else:
         np.dot(r, Q, waves)
-    ring(waves, a, g, around, y)
+    for half in (P, R):
+        ring(half, a, g, around, y)
     if fast:
         turn(waves, natural, r)
         fft(V, U, roots, P, R)
@@ -508,11 +511,16 @@ class Folded(NamedTuple):
     u0b: np.ndarray  # (2, N, N)
 
 
+def fold(N):
+    """Which row of the field lies where, and how many rows the ring has, an even number."""
+    p = np.arange(N)
+    return np.where(p % 2, N - 1 - p // 2, p // 2), N + N % 2
+
+
 def implicit_prepare(structure, size):
     N, (saves, every, _) = size.N, clock(size)
     dtype = structure["u0"].dtype
-    row = np.where(np.arange(N) % 2, N - 1 - np.arange(N) // 2, np.arange(N) // 2)
-    R, m = N + N % 2, 2 * N
+    (row, R), m = fold(N), 2 * N
     states, P = np.zeros((saves * every + 1, R, m), dtype), np.zeros((R // 2, 2 * m, 2 * m), dtype)
     F, x = np.zeros((2, R, m), dtype)
     return Folded(row, states, P, F, x, np.empty(2 * m, dtype), np.empty((2, N, N), dtype))
@@ -758,7 +766,7 @@ class Solver(NamedTuple):
     Q: np.ndarray  # (N, N)
     Qt: np.ndarray
     mu: np.ndarray  # (N) of each wave along an axis the sum of both neighbours
-    ring: np.ndarray  # (4, 2, N) of either field and each wave a, weight and around, then the recurrence
+    rings: np.ndarray  # (4, 2, N) of either field and each wave a, g and around of `ring`, then its y
     smooth: np.ndarray  # the same for the estimate of the error
     g: np.ndarray  # (2N, N), as all that follow
     e: np.ndarray
@@ -773,6 +781,7 @@ class Solver(NamedTuple):
 
 class Steps(NamedTuple):
     S: Solver
+    given: tuple  # pieces, tableau and tolerances: what the size alone decides
     kept: list  # dt (n), sampled (n), stages (n + 1, 6, 2N, N): as many as were needed so far
     alpha: np.ndarray  # (2N, N), as r and lam
     r: np.ndarray
@@ -781,13 +790,6 @@ class Steps(NamedTuple):
     gradient: np.ndarray  # (4N, N)
 
 
-FAST = {
-    "reassoc",
-    "contract",
-    "arcp",
-    "nsz",
-    "afn",
-}  # all but that numbers are finite: a step too long is refused by that
 CG_FAILED, FULL, TOO_SMALL, NOT_FINITE = -1, -2, -3, -4  # where a count would be
 
 
@@ -798,7 +800,9 @@ def ode_prepare(structure, size):
     *fields, alpha, r, lam = np.empty((12, 2 * N, N), dtype)
     S = Solver(Q, Qt, mu, *np.empty((2, 4, 2, N), dtype), *fields)
     slopes, gradient = np.empty((2, 6, 2 * N, N), dtype), np.empty((4 * N, N), dtype)
-    return Steps(S, room(2 * len(pieces(size).lengths) + 16, N, dtype), alpha, r, lam, slopes, gradient)
+    course = tuple(pieces(size))
+    given = course, tuple(kencarp4()), ark_tolerances(size, dtype)
+    return Steps(S, given, room(2 * len(course[0]) + 16, N, dtype), alpha, r, lam, slopes, gradient)
 
 
 def room(steps, N, dtype):
@@ -806,8 +810,8 @@ def room(steps, N, dtype):
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def scale(alpha, c, mu, g, e, ring):
-    """g and e of S, c in units of dx^2, and M = (1 - a shift)(1 - a shift^T) / weight along the ring of each wave."""
+def scale(alpha, c, mu, g, e, rings):
+    """g and e of S, c in units of dx^2, and M = (1 - a shift)(1 - a shift^T) / w^2 along the ring of each wave."""
     N = len(mu)
     for s in range(2):
         mean = 0.0
@@ -818,40 +822,27 @@ def scale(alpha, c, mu, g, e, ring):
                 y[j] = np.sqrt(square)
                 z[j] = (1 - 4 * square) / y[j]
                 mean += square / (N * N)
-        a, weight, around = ring[0, s], ring[1, s], ring[2, s]
+        a, w, around = rings[0, s], rings[1, s], rings[2, s]
         for k in range(N):
             d = 1 - mean * mu[k]
             a[k] = 2 * mean / (d + np.sqrt(d * d - 4 * mean * mean))
-            weight[k] = a[k] / mean
+            w[k] = np.sqrt(a[k] / mean)
             around[k] = 1 / (1 - a[k] ** N)
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def least(ring, s):
+def least(rings, s):
     """The least eigenvalue of M, that of the mean."""
-    return (1 - ring[0, s, 0]) ** 2 / ring[1, s, 0]
+    return ((1 - rings[0, s, 0]) / rings[1, s, 0]) ** 2
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def precondition(r, S, ring, z):
+def precondition(r, S, rings, z):
     """z = M^-1 r"""
     N, waves = len(S.Q), S.waves
     np.dot(r, S.Q, waves)
     for s in range(2):
-        a, weight, around, y = ring[0, s], ring[1, s], ring[2, s], ring[3, s]
-        for first, way in ((s * N, 1), (s * N + N - 1, -1)):
-            y[:] = 0
-            for n in range(N):
-                w = waves[first + way * n]
-                for k in range(N):
-                    y[k] = a[k] * y[k] + w[k]
-            for k in range(N):
-                y[k] *= around[k]
-            for n in range(N):
-                w = waves[first + way * n]
-                for k in range(N):
-                    y[k] = a[k] * y[k] + w[k]
-                    w[k] = y[k] if way > 0 else weight[k] * y[k]
+        ring(waves[s * N : s * N + N], rings[0, s], rings[1, s], rings[2, s], rings[3, s])
     np.dot(waves, S.Qt, z)
 
 
@@ -889,23 +880,16 @@ def cg(S, b, tolerance):
     They end where the energy of the error, res M^-1 res or res^2 over the least eigenvalue, is tolerance^2 of that of y."""
     yb, last = dot(S.y, b), dot(S.y, S.b)
     t = yb / last if last > 0 else 0.0
-    new, old, y, res, z, p, Sp = (
-        b.ravel(),
-        S.b.ravel(),
-        S.y.ravel(),
-        S.res.ravel(),
-        S.z.ravel(),
-        S.p.ravel(),
-        S.Sp.ravel(),
-    )
+    new, old, y = b.ravel(), S.b.ravel(), S.y.ravel()
+    res, z, p, Sp = S.res.ravel(), S.z.ravel(), S.p.ravel(), S.Sp.ravel()
     for k in range(y.size):
         res[k] = new[k] - t * old[k]
         y[k] *= t
         old[k] = new[k]
         p[k] = 0
-    bound, target, rz = min(least(S.ring, 0), least(S.ring, 1)), tolerance**2 * abs(t * yb), 1.0
+    bound, target, rz = min(least(S.rings, 0), least(S.rings, 1)), tolerance**2 * abs(t * yb), 1.0
     for iteration in range(MOST_CG):
-        precondition(S.res, S, S.ring, S.z)
+        precondition(S.res, S, S.rings, S.z)
         rz, previous = dot(S.res, S.z), rz
         if rz == 0 or (iteration > 0 and rz <= target):
             for k in range(y.size):
@@ -929,7 +913,7 @@ def cg(S, b, tolerance):
 
 @njit(fastmath=FAST, error_model="numpy")
 def set_step(S, alpha, c):
-    scale(alpha, c, S.mu, S.g, S.e, S.ring)
+    scale(alpha, c, S.mu, S.g, S.e, S.rings)
     S.y[:] = 0
     S.b[:] = 0
 
@@ -1169,11 +1153,10 @@ def ode_primal(theta, data, size, work):
     """The loss, and the counts of steps, rejected ones, right-hand sides, solves and iterations; the steps stay in work."""
     np.concatenate([theta["alpha1"], theta["alpha2"]], out=work.alpha)
     fields, counts = (theta["A"], theta["B"], work.alpha, data["disc"]), np.empty(5, int)
-    course, ark, tolerances = tuple(pieces(size)), tuple(kencarp4()), ark_tolerances(size, work.r.dtype)
     while True:
         work.kept[2][0, 0] = data["u0"].reshape(work.r.shape)
         scratch = work.r, work.slopes, counts
-        loss = ode_kernel(*fields, course, ark, tolerances, work.S, *work.kept, *scratch)
+        loss = ode_kernel(*fields, *work.given, work.S, *work.kept, *scratch)
         steps = len(work.kept[0])
         if counts[0] != FULL or steps >= MOST_STEPS:
             break
@@ -1189,12 +1172,9 @@ def ode(theta, data, size, work):
 
 def ode_adjoint(theta, data, size, work):
     loss, counts = ode_primal(theta, data, size, work)
-    _, _, tolerance = ark_tolerances(size, work.r.dtype)
+    _, ark, (_, _, tolerance) = work.given
     scratch = work.lam, work.slopes, work.gradient
-    if (
-        ode_vjp_kernel(counts[0], theta["A"], work.alpha, tuple(kencarp4()), tolerance, work.S, *work.kept, *scratch)
-        < 0
-    ):
+    if ode_vjp_kernel(counts[0], theta["A"], work.alpha, ark, tolerance, work.S, *work.kept, *scratch) < 0:
         raise unsolved()
     return loss, dict(zip(theta, work.gradient.reshape(4, size.N, size.N), strict=True))
 
