@@ -111,6 +111,10 @@ def late(theta, data, size, calls=[]):
     loss, gradient = right(theta, data, size)
     return loss, gradient | {"x": gradient["x"] * (1 + 1e-9 * (len(calls) > 1))}
 
+def threads(theta, data, size):
+    names = [name for name in os.environ if name.endswith("_NUM_THREADS")]
+    raise ValueError(f"{len(os.sched_getaffinity(0))} processor, {sorted({os.environ[name] for name in names})} of {len(names)}")
+
 def slow(theta, data, size):
     time.sleep(0.3)
     return right(theta, data, size)
@@ -161,6 +165,7 @@ DERIVATIVES = {  # form -> the derivative that it is
     "mutate_theta": "do(mutate_theta)",
     "late": "late",
     "slow": "slow",
+    "threads": "threads",
     "many": "many",
     "wrong_loss": "wrong_loss",
     "two_numbers": "two_numbers",
@@ -382,21 +387,6 @@ def test_the_first_call_is_timed_on_its_own(faults):
 
 def test_threads_are_in_force_before_any_import(faults):
     """And the worker is pinned to as many processors as it has threads."""
-    faults.edit(
-        "problems/faults/faults_plain.py",
-        "def slow(",
-        """
-def threads(theta, data, size):
-    names = [name for name in os.environ if name.endswith("_NUM_THREADS")]
-    raise ValueError(f"{len(os.sched_getaffinity(0))} processor, {sorted({os.environ[name] for name in names})} of {len(names)}")
-
-def slow(""",
-    )
-    faults.edit(
-        "problems/faults/faults_plain.py",
-        '"primal": ',
-        '"threads": Implementation(cube, strategies={"adjoint": threads}), "primal": ',
-    )
     assert "1 processor, ['1'] of 5" in faults.gradient(fault("threads"))["reason"]
 
 
