@@ -132,6 +132,11 @@ class Backend(ABC):
                 setattr(statement, name, import_module(self.namespace[value.__name__]))
         return loss
 
+    def keep_compiled(self, implementation: ModuleType, folder: str) -> None:
+        """Lets this folder keep what the module compiles, for the next process: where references are made, never where
+        compiling is timed."""
+        return
+
     def where(self, array) -> str:
         """The kind of device that holds the library's array: cpu or cuda."""
         return "cpu"

@@ -36,6 +36,15 @@ class Numba(Backend):
     def __init__(self, device):
         import numba  # noqa: F401 - to fail here, not in the middle of a cell
 
+    def keep_compiled(self, implementation, folder):
+        from numba.core import config
+        from numba.core.dispatcher import Dispatcher
+
+        config.CACHE_DIR = folder
+        for function in vars(implementation).values():
+            if isinstance(function, Dispatcher):
+                function.enable_caching()
+
     def put(self, array):
         return array
 

@@ -6,6 +6,7 @@ NumPy and the standard library only.
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import math
@@ -13,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,12 +77,13 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
         return result | {"status": "ok"}
 
     step = lambda: backend.wait(derivative(*on))  # noqa: E731 - the whole of what is timed
-    stage("memory")
     del out
-    result["memory"], out, warm = memory(step, work, backend)  # which is the warm-up too
-    check_waited(backend, step, out, warm["wall"])
-    stage("samples")
-    result["derivative"] = sample(step, spec["budget_s"], spec["least"], warm)
+    with turn(spec):
+        stage("memory")
+        result["memory"], out, warm = memory(step, work, backend)  # which is the warm-up too
+        check_waited(backend, step, out, warm["wall"])
+        stage("samples")
+        result["derivative"] = sample(step, spec["budget_s"], spec["least"], warm)
     check_unchanged(backend, step() if warm["wall"] < spec["budget_s"] else out, gradient, spec)
 
     stage("primal")
@@ -96,7 +98,8 @@ def measure(spec: dict, stage: Callable[[str], None]) -> dict:
             f"The primal that is timed differs from the loss of the derivative by {off:.1e}: they run different code."
         )
     call = lambda: backend.wait(primal(*on))  # noqa: E731
-    result["primal"] = sample(call, spec["budget_s"] / 2, spec["least"], once(call))
+    with turn(spec):
+        result["primal"] = sample(call, spec["budget_s"] / 2, spec["least"], once(call))
 
     stage("inputs")
     check_intact(backend, on, (theta, data))
@@ -128,6 +131,8 @@ def gradient(spec: dict, stage: Callable[[str], None]) -> dict:
     """Loss and gradient at every size of `spec["sizes"]`, each saved to its `save`: what references are made of."""
     backend = construct(spec)
     implementation = load_implementation(spec)
+    if spec["backend"] != "numpy":
+        backend.keep_compiled(implementation_module(spec), spec["code"])
     stage("first call")
     for job in spec["sizes"]:
         task, size, theta, data = load_inputs(spec | job)
@@ -217,8 +222,11 @@ def load_implementation(spec: dict) -> Implementation:
     if spec["backend"] == "numpy":
         forms = importlib.import_module(f"problems.{spec['problem']}").TASKS[spec["task"]].forms
         return Implementation(forms[spec["form"]])
-    module = importlib.import_module(f"problems.{spec['problem']}.{spec['problem']}_{spec['backend']}")
-    return module.IMPLEMENTATION[spec["task"]][spec["form"]]
+    return implementation_module(spec).IMPLEMENTATION[spec["task"]][spec["form"]]
+
+
+def implementation_module(spec: dict) -> ModuleType:
+    return importlib.import_module(f"problems.{spec['problem']}.{spec['problem']}_{spec['backend']}")
 
 
 def load_statement(spec: dict, backend: Any) -> Implementation:
@@ -398,6 +406,15 @@ def check_unchanged(backend: Any, out: Any, gradient: dict, spec: dict) -> None:
 
 
 # Clock and memory
+
+
+@contextlib.contextmanager
+def turn(spec: dict) -> Iterator[None]:
+    """Of the cells that run side by side one at a time takes samples; a worker that dies gives its turn back."""
+    with open(spec["turn"], "w") if "turn" in spec else contextlib.nullcontext() as file:
+        if file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def reference_kernel(a=np.linspace(0.1, 1.0, 4096)) -> float:  # noqa: B008 - one array, made once

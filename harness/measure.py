@@ -11,14 +11,17 @@ from harness.cells import Cell, backend, known_status, modules, size_of
 from harness.environments import python
 from harness.ledger import AsIs, CellRecord, Floor, invalid
 from harness.machine import commit, load, lock_hash, machine_class
-from harness.reference import NoReference, Reference, entries, inputs, reference
+from harness.reference import NoReference, Reference, cache_folder, entries, inputs, reference
 from harness.source import changed, lines
 
 ENOUGH_S = 30.0
 
 
-def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int = 3) -> CellRecord:
-    """The cell's record: `budget` seconds of derivative samples (half of it of the primal) in each of `number` processes.
+def measure(
+    cell: Cell, *, budget: float, number: int, limit: float, least: int = 3, cpus: list[int] | None = None
+) -> CellRecord:
+    """The cell's record: `budget` seconds of derivative samples (half of it of the primal) in each of `number` processes,
+    which run on `cpus`, one for each thread.
 
     A cell whose processes take longer than ENOUGH_S has fewer of them. Whatever happens to a worker is a status with a
     sentence in the record.
@@ -29,7 +32,9 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
         return record(cell, began, status=status, reason=reason)
     try:
         judge = reference(cell)
-        spec = spec_of(cell, judge, budget, least) | {"limit_s": limit}
+        where = cpus or processes.cpus(cell.threads)
+        own = {"limit_s": limit, "cpus": where, "turn": str(cache_folder() / "turn")}
+        spec = spec_of(cell, judge, budget, least) | own
     except NoReference as e:
         return record(cell, began, status=e.status if e.status in ("timeout", "oom") else "error", reason=e.reason)
     library = backend(cell.backend)
@@ -53,7 +58,7 @@ def measure(cell: Cell, *, budget: float, number: int, limit: float, least: int 
         "judge": judge.judge,
         "versions": last.get("versions", {}),
         "environ": processes.thread_environ(cell.threads) | environ,
-        "cpus": processes.cpus(cell.threads),
+        "cpus": where,
         "measured_s": measured,
     }
     result = {name: last.get(name) for name in ("status", "reason", "loss", "loss_error", "blocks", "error")}

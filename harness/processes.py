@@ -74,6 +74,16 @@ def cpus(threads: int) -> list[int]:
     return sorted(os.sched_getaffinity(0))[-threads:]
 
 
+def lanes() -> list[list[int]]:
+    """Where two cells of one thread each may be at once: a processor of each of the last two cores, never two of one core.
+    Of those side by side one at a time takes samples (cell_protocol.turn), so that more lanes would gain little."""
+    cores = {}
+    for cpu in everywhere():
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores[siblings.read_text() if siblings.exists() else ""] = [cpu]
+    return list(cores.values())[-2:]
+
+
 def everywhere() -> list[int]:
     """For what is not timed, so that several can run at once."""
     return sorted(os.sched_getaffinity(0))

@@ -126,6 +126,7 @@ def _gradients(cell: Cell, sizes: list[tuple], library: str, strategy: str) -> l
         {**_at(cell, size), "save": str(path)} for size, path in zip(sizes, paths, strict=True) if not path.exists()
     ]
     spec = _spec(cell) | {"backend": library, "strategy": strategy, "form": form, "sizes": jobs}
+    spec["code"] = str(code_folder(cell.problem, library))
     _compute("gradient", spec, backend(library).environ(1), paths)
     return [str(path) for path in paths]
 
@@ -170,18 +171,25 @@ def _at(cell: Cell, size: tuple) -> dict:
 
 def _path(kind: str, cell: Cell, size: tuple, library: str) -> Path:
     """Named by content: the statement, the code that computes it, the lock, the task and the size."""
-    digest = hashlib.sha256(lock_hash().encode())
-    for file in [
-        ROOT / "problems/__init__.py",
-        modules("problems")[cell.problem],
-        *_library_files(cell.problem, library),
-    ]:
-        digest.update(file.read_bytes())
+    own = repr((_content(cell.problem, library), cell.task, tuple(size)))
     for file in ("judge.py", "cell_protocol.py"):
-        digest.update((ROOT / "harness" / file).read_bytes())
-    digest.update(repr((cell.problem, cell.task, tuple(size))).encode())
-    folder = cache_folder()
-    return folder / f"{cell.problem}.{cell.task}-{kind}-{digest.hexdigest()[:20]}.npz"
+        own += (ROOT / "harness" / file).read_text()
+    digest = hashlib.sha256(own.encode()).hexdigest()
+    return cache_folder() / f"{cell.problem}.{cell.task}-{kind}-{digest[:20]}.npz"
+
+
+def code_folder(problem: str, library: str) -> Path:
+    """Where a library may keep what it compiled of a problem, named by content too."""
+    return cache_folder() / f"{problem}-{library}-{_content(problem, library)[:20]}"
+
+
+def _content(problem: str, library: str) -> str:
+    """A digest of all that a library runs of a problem."""
+    digest = hashlib.sha256(lock_hash().encode())
+    files = ROOT / "problems/__init__.py", modules("problems")[problem], *_library_files(problem, library)
+    for file in files:
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _library_files(problem: str, library: str) -> list[Path]:

@@ -1,14 +1,16 @@
 """A run: the cells of a preset in random order, one at a time, into one ledger file; and going on with one that was killed."""
 
+import math
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from queue import SimpleQueue
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -18,7 +20,7 @@ from harness.cells import APPROXIMATE_OR_SLOW, SIZES, Cell, backend, backends, c
 from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
 from harness.machine import commit, lock_hash, machine, machine_class
 from harness.measure import as_is, key, measure, measure_floor, record
-from harness.processes import STOP, everywhere
+from harness.processes import STOP, everywhere, lanes
 from harness.reference import NoReference, entries, reference
 from harness.statistics import summary
 
@@ -138,7 +140,10 @@ def resume() -> tuple[Writer, Context, Run]:
 
 
 def go(writer: Writer, context: Context, before: Run | None, console: Console) -> list[CellRecord]:
-    """Measure what the plan has and the file has not, one cell at a time; returns all its records."""
+    """Measure what the plan has and the file has not; returns all its records.
+
+    Cells of one thread are prepared and compiled in two lanes and take their samples in turn; the others run alone.
+    """
     began = time.monotonic()
     known = {c.address: c for address in context.plan for c in cells(address)}
     records = {a: r for a, r in before.cells.items() if r.key == key(known[a])} if before else {}
@@ -151,6 +156,27 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
     _references(todo, console)
     _floors(writer, context, before, [known[a] for a in context.plan], console)
 
+    def each(some: list[Cell], lanes: Sequence[list[int] | None], then: Callable[[CellRecord], None]) -> None:
+        """Measures some cells side by side in the lanes, or one after the other where a cell says; `then` as they end."""
+        began, bar = time.monotonic(), progress.add_task("", total=len(some), left="")
+        free: SimpleQueue[list[int] | None] = SimpleQueue()
+        for cpus in lanes:
+            free.put(cpus)
+
+        def step(cell: Cell) -> CellRecord:
+            cpus = free.get()
+            progress.update(bar, description=cell.address)
+            try:
+                return _measure(cell, context, records, cpus)
+            finally:
+                free.put(cpus)
+
+        with _side_by_side(len(lanes)) as pool:
+            for k, future in enumerate(as_completed([pool.submit(step, cell) for cell in some]), 1):
+                then(future.result())
+                left = (time.monotonic() - began) / k * (len(some) - k)
+                progress.update(bar, completed=k, left=f"about {_duration(left)} left")
+
     def keep(found: CellRecord) -> None:
         records[found.cell] = found
         writer.append(found)
@@ -158,19 +184,19 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as progress:
-        bar = progress.add_task("", total=len(todo), left="")
-        for k, cell in enumerate(todo):
-            spent = time.monotonic() - began
-            left = f"about {_duration(spent / k * (len(todo) - k))} left" if k else ""
-            progress.update(bar, description=cell.address, completed=k, left=left)
-            keep(_measure(cell, context, records))
-        again = [] if PRESETS[context.preset].ways == "main" else [known[a] for a in disturbed(list(records.values()))]
-        bar = progress.add_task("", total=len(again), left="again, for the machine was disturbed")
-        for k, cell in enumerate(again):
-            progress.update(bar, description=cell.address, completed=k)
-            found = _measure(cell, context, records)
-            if found.status == "ok" and _kernel(found) < _kernel(records[cell.address]):  # the calmer, faster or not
-                keep(found)
+        beside, alone = ([c for c in todo if (c.threads == 1 and c.device == "cpu") == one] for one in (True, False))
+        each(beside, lanes(), keep)
+        each(alone, [None], keep)
+        if PRESETS[context.preset].ways != "main":
+            before_again = disturbance(list(records.values()))
+            again = [known[a] for a, d in before_again.items() if d > DISTURBED and records[a].wall_s < AGAIN_S]
+
+            def keep_calmer(found: CellRecord) -> None:  # faster or not
+                now = disturbance([r for r in records.values() if r.cell != found.cell] + [found])
+                if now.get(found.cell, math.inf) < before_again[found.cell]:
+                    keep(found)
+
+            each(again, [None], keep_calmer)
     _as_is(writer, context, before, [known[a] for a in context.plan], console)
     wall = time.monotonic() - began + wall_before
     measured = sum(r.measured_s for r in records.values())
@@ -182,23 +208,31 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
     return list(records.values())
 
 
-def disturbed(records: list[CellRecord]) -> list[str]:
-    """Cells beside which the reference kernel never came near to what it takes in the calmer quarter of the run.
+def disturbance(records: list[CellRecord]) -> dict[str, float]:
+    """Of every cell that says: how much somebody else's work, on this machine or on the one that it is a guest of, slowed it
+    for as long as it ran; 1 is none.
 
-    Somebody else's work, on this machine or on the one that it is a guest of, slowed them for as long as they ran. Those
-    that took longer than AGAIN_S are left as they are.
+    The larger of two ratios: the reference kernel's best time beside the cell to what it takes in the calmer quarter of the
+    run, and the wall to the CPU seconds of the cell's quickest sample, which show a processor shared in turns.
     """
     kernels = {r.cell: _kernel(r) for r in records if r.status == "ok" and _kernel(r)}
     if len(kernels) < 4:
-        return []
+        return {}
     calm = statistics.quantiles(kernels.values(), n=4)[0]
-    return [r.cell for r in records if kernels.get(r.cell, 0.0) > DISTURBED * calm and r.wall_s < AGAIN_S]
+    return {r.cell: max(kernels[r.cell] / calm, _shared(r)) for r in records if r.cell in kernels}
 
 
 def _kernel(r: CellRecord) -> float:
     """The reference kernel's best time beside the derivative or the primal, the worse of both; 0 where too few were taken."""
     parts = ([t for p in r.processes for t in getattr(p, part).reference] for part in ("derivative", "primal"))
     return max((min(part) for part in parts if len(part) > 4), default=0.0)  # the first readings find cold caches
+
+
+def _shared(r: CellRecord) -> float:
+    if r.threads > 1 or r.device != "cpu":
+        return 1.0
+    parts = (getattr(p, part) for p in r.processes for part in ("derivative", "primal"))
+    return max(wall / cpu if cpu else 1.0 for wall, cpu in (min(zip(p.wall, p.cpu, strict=True)) for p in parts))
 
 
 def _references(todo: list[Cell], console: Console) -> None:
@@ -213,7 +247,7 @@ def _references(todo: list[Cell], console: Console) -> None:
             with suppress(NoReference):  # the cell itself says so
                 reference(cell)
 
-    with console.status("Computing the references that judge the gradients"), _side_by_side() as pool:
+    with console.status("Computing the references that judge the gradients"), _side_by_side(len(everywhere())) as pool:
         list(pool.map(make, by_task.values()))
 
 
@@ -230,15 +264,15 @@ def _as_is(writer: Writer, context: Context, before: Run | None, plan: list[Cell
     ]
     have = {(r.problem, r.task, r.backend, r.form): r.key for r in before.as_is} if before else {}
     todo = [c for c in todo if have.get((c.problem, c.task, c.backend, c.form)) != key(c)]
-    with console.status("Giving the statements to the libraries as they are"), _side_by_side() as pool:
+    with console.status("Giving the statements to the libraries as they are"), _side_by_side(len(everywhere())) as pool:
         for found in pool.map(lambda c: as_is(c, context.limit_s), todo):
             writer.append(found)
 
 
 @contextmanager
-def _side_by_side() -> Iterator[ThreadPoolExecutor]:
-    """Threads that start workers of what is not timed, one a processor; who interrupts them stops the workers."""
-    pool = ThreadPoolExecutor(len(everywhere()))
+def _side_by_side(number: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads that start workers; who interrupts them stops the workers."""
+    pool = ThreadPoolExecutor(number)
     try:
         yield pool
     except BaseException:
@@ -249,11 +283,11 @@ def _side_by_side() -> Iterator[ThreadPoolExecutor]:
         STOP.clear()
 
 
-def _measure(cell: Cell, context: Context, records: dict[str, CellRecord]) -> CellRecord:
+def _measure(cell: Cell, context: Context, records: dict[str, CellRecord], cpus: list[int] | None) -> CellRecord:
     """Measured, or a timeout without being run where the smaller size says that it would be one."""
     if predicted := _will_break(cell, context, records):
         return record(cell, time.monotonic(), status="timeout", reason=predicted)
-    return measure(cell, budget=context.budget_s, number=context.processes, limit=context.limit_s)
+    return measure(cell, budget=context.budget_s, number=context.processes, limit=context.limit_s, cpus=cpus)
 
 
 def _will_break(cell: Cell, context: Context, records: dict[str, CellRecord]) -> str:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.cells import backend, modules
+from harness.reference import code_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 
 PLAIN = '''
@@ -50,6 +53,14 @@ def pytest_configure(config):
     if worker and hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cpus[int(worker) % len(cpus)]})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once():
+    """Hand adjoints that tests call themselves are compiled for all the tests and references of a suite."""
+    for problem in modules("problems"):
+        if module := sys.modules.get(f"problems.{problem}.{problem}_numba"):
+            backend("numba")("cpu").keep_compiled(module, str(code_folder(problem, "numba")))
 
 
 class Tree:

@@ -13,7 +13,7 @@ from harness.cells import backend, cell, cells, known_status
 from harness.environments import is_made, python
 from harness.measure import attempt, spec_of
 from harness.processes import thread_environ
-from harness.reference import reference
+from harness.reference import code_folder, reference
 from harness.run import PRESETS, _taken
 
 TINY = sorted(cells("*@tiny"), key=lambda c: (c.backend, c.address))
@@ -41,8 +41,11 @@ from harness import cell_protocol, worker
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 for line in sys.stdin:
+    spec = json.loads(line)
     try:
-        result = cell_protocol.measure(json.loads(line), lambda stage: None)
+        if spec["backend"] != "numpy":  # compiled once for the references and the cells
+            cell_protocol.construct(spec).keep_compiled(cell_protocol.implementation_module(spec), spec["code"])
+        result = cell_protocol.measure(spec, lambda stage: None)
     except BaseException as e:
         result = worker.failure(e)
     print(json.dumps(worker.finite(result)), file=answers, flush=True)
@@ -62,7 +65,7 @@ class Server:
         self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environ, text=True)
 
     def measure(self, c):
-        spec = spec_of(c, reference(c), budget=0.01, least=1)
+        spec = spec_of(c, reference(c), budget=0.01, least=1) | {"code": str(code_folder(c.problem, c.backend))}
         self.process.stdin.write(json.dumps(spec) + "\n")
         self.process.stdin.flush()
         limit = LIMIT_S if backend(c.backend).env == "main" else OWN_LIMIT_S

@@ -336,32 +336,44 @@ def recorded(address, kernel, derivative=1e-3, wall_s=1.0):
 
 def test_a_cell_is_disturbed_where_the_kernel_was_slow_all_the_time():
     calm = [recorded(f"brusselator.rhs/numba/adjoint@N={n}", 4e-4) for n in range(3, 9)]
-    slow, dear = (
-        recorded("brusselator.rhs/jax/reverse@tiny", 8e-4),
-        recorded("brusselator.rhs/jax/forward@tiny", 8e-4, wall_s=40),
-    )
-    once = recorded("brusselator.rhs/torch/reverse@tiny", 4e-4)
+    slow, once = (recorded(f"brusselator.rhs/{way}@tiny", 8e-4) for way in ("jax/reverse", "torch/reverse"))
     once.processes[0].derivative.reference = [4e-4, *[9e-4] * 5]  # now and then
-    assert run.disturbed([*calm, slow, dear, once]) == [slow.cell]
-    assert run.disturbed(calm) == run.disturbed([slow]) == []
+    found = run.disturbance([*calm, slow, once])
+    assert found.pop(slow.cell) == 2 and set(found.values()) == {1}
+    assert run.disturbance([slow]) == {}  # nothing to compare with
+
+
+def test_a_cell_is_disturbed_where_its_quickest_sample_waited_for_the_processor():
+    calm = [recorded(f"brusselator.rhs/numba/adjoint@N={n}", 4e-4) for n in range(3, 9)]
+    shared = recorded("brusselator.rhs/jax/reverse@tiny", 4e-4)
+    samples = shared.processes[0].derivative
+    samples.cpu = [wall / 2 for wall in samples.wall]
+    assert run.disturbance([*calm, shared])[shared.cell] == 2
+    samples.wall[0], samples.cpu[0] = min(samples.wall) * 0.9, min(samples.wall) * 0.9  # one that did not
+    assert run.disturbance([*calm, shared])[shared.cell] == 1
+    shared.threads = 2  # whose CPU seconds add up
+    samples.cpu = [2 * wall for wall in samples.wall]
+    assert run.disturbance([*calm, shared])[shared.cell] == 1
 
 
 @pytest.mark.parametrize(("kernel", "kept"), [(4e-4, "second"), (9e-4, "first")])
 def test_a_disturbed_cell_is_measured_once_more_and_the_calmer_record_counts(monkeypatch, kernel, kept):
     plan = [f"brusselator.rhs/numba/adjoint@N={n}" for n in range(3, 10)]
     first = {address: recorded(address, 8e-4 if "N=9" in address else 4e-4) for address in plan}
+    dear = first["brusselator.rhs/numba/adjoint@N=3"] = recorded(plan[0], 8e-4, wall_s=run.AGAIN_S + 1)
     second = recorded(plan[-1], kernel, derivative=2e-3)  # slower all the same: that is not what is asked
     asked, written = [], []
 
-    def measured(cell, context, records):
+    def measured(cell, context, records, cpus):
         asked.append(cell.address)
         return second if asked.count(cell.address) == 2 else first[cell.address]
 
     monkeypatch.setattr(run, "_measure", measured)
+    monkeypatch.setattr(run, "lanes", lambda: [[0]])
     for name in ("_references", "_floors", "_as_is"):
         monkeypatch.setattr(run, name, lambda *a: None)
     context = ledger.Context.model_construct(plan=plan, preset="default")
     records = run.go(type("Nowhere", (), {"append": written.append}), context, None, Console(stderr=True))
-    assert asked == [*plan, plan[-1]]
+    assert asked == [*plan, plan[-1]] and dear in records
     assert [r.cell for r in written[:-1]] == plan + ([plan[-1]] if kept == "second" else [])
     assert records[-1] is (second if kept == "second" else first[plan[-1]])

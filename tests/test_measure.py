@@ -1,10 +1,13 @@
 """The protocol of a cell against everything that ever went wrong in published benchmarks: each fault is made, and caught."""
 
 import contextlib
+import fcntl
 import json
 import math
 import re
+import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,7 +16,7 @@ from conftest import PLAIN, Tree, is_sentence
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from harness import cell_protocol, judge
+from harness import cell_protocol, judge, processes
 from problems import gold
 
 STATEMENT = """
@@ -388,6 +391,27 @@ def test_the_first_call_is_timed_on_its_own(faults):
 def test_threads_are_in_force_before_any_import(faults):
     """And the worker is pinned to as many processors as it has threads."""
     assert "1 processor, ['1'] of 5" in faults.gradient(fault("threads"))["reason"]
+
+
+def test_of_two_cells_side_by_side_one_takes_samples(faults):
+    """The other waits before its memory pass, and is measured when the turn is given back."""
+    (faults.cache / "turn").touch()
+    with open(faults.cache / "turn") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        process = faults.start("-m", "harness", "gradient", fault("right"), "--json")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=8)
+        last = [psutil.Process(p.pid).cmdline()[-1] for p in psutil.Process(process.pid).children()]
+        assert [json.loads(line)["stage"] for line in Path(last[0]).read_text().splitlines()][-1] == "correctness"
+    out, err = process.communicate()
+    assert json.loads(out)["status"] == "ok", err
+
+
+def test_lanes_share_no_core(monkeypatch):
+    cores = [Path(f"/sys/devices/system/cpu/cpu{lane[0]}/topology/core_id").read_text() for lane in processes.lanes()]
+    assert 1 <= len(cores) <= 2 and len(set(cores)) == len(cores)
+    monkeypatch.setattr(processes, "everywhere", lambda: [0])
+    assert processes.lanes() == [[0]]
 
 
 def test_a_reference_is_made_once(tree, tmp_path):
