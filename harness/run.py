@@ -1,4 +1,4 @@
-"""A run: the cells of a preset in random order, one at a time, into one ledger file; and going on with one that was killed."""
+"""A run: the cells of a preset in random order into one ledger file; and going on with one that was killed."""
 
 import math
 import random
@@ -236,7 +236,7 @@ def _shared(r: CellRecord) -> float:
 
 
 def _references(todo: list[Cell], console: Console) -> None:
-    """All judges first, tasks side by side: they are not timed, and nothing may run beside a cell that is."""
+    """All judges first, tasks side by side, so that a cell has only the next cell beside it."""
     by_task: dict[str, list[Cell]] = {}
     for cell in todo:
         if not known_status(cell)[0]:

@@ -12,8 +12,8 @@ from numba import njit
 from backends.enzyme_backend import differentiable, output, scratch
 from problems import Implementation
 from problems.shallow_ice import A_MAX, A_MIN, LAYERS, YEARS, semi_implicit_stats, steps_a_year
-from problems.shallow_ice.shallow_ice_jax import on_host, pad, semi_implicit_prepare, solve
-from problems.shallow_ice.shallow_ice_numba import SSPRK3, corners, rhs_kernel, scales, ude_kernel
+from problems.shallow_ice.shallow_ice_jax import fluidity, on_host, pad, semi_implicit_prepare, solve
+from problems.shallow_ice.shallow_ice_numba import SSPRK3, copy, corners, rhs_kernel, scales, ssprk3, ude_kernel
 
 
 def rhs(theta, data, size):
@@ -23,7 +23,36 @@ def rhs(theta, data, size):
     return differentiable(rhs_kernel)(H, theta["lnA"], data["B"], data["v"], unit * size.A, eps, *buffers)
 
 
+@njit
+def step_kernel(H, c, B, eps, ssp, L, rows, out):
+    copy(H, L[0])
+    ssprk3(L, B, c[()], eps, ssp, rows)
+    copy(L[0], out)
+
+
 def ude(theta, data, size):
+    """A step is Enzyme's, so that what it stores of one fits the cache; the loop, which stores the states, and the network
+    are JAX's. In one kernel Enzyme stores 26 numbers a node and stage, 0.6 GB at N = 64: 2.4 times the time."""
+    N, dtype, spy = size.N, theta["W1"].dtype, steps_a_year(size)
+    unit, eps = scales(size, dtype)
+    ssp, B, H0, Href = np.array(SSPRK3, dtype), data["B"], data["H0"], data["Href"]
+    buffers = scratch((4, N, N), dtype), scratch((2, N), dtype), output((N, N), dtype)
+
+    def misfit(of):
+        c, Href = of
+
+        def year(H, Href):
+            step = lambda H, _: (differentiable(step_kernel)(H, c, B, eps, ssp, *buffers), None)  # noqa: E731
+            H, _ = jax.lax.scan(step, H, length=spy)
+            return H, jnp.sum((H - Href) ** 2)
+
+        return jnp.sum(jax.lax.scan(year, H0, Href)[1])
+
+    c = unit / spy * fluidity(theta, data["T"])
+    return jnp.sum(jax.lax.map(misfit, (c, Href.swapaxes(0, 1)))) / Href.size
+
+
+def ude_loops(theta, data, size):
     N, dtype, spy = size.N, theta["W1"].dtype, steps_a_year(size)
     unit, eps = scales(size, dtype)
     A_span, ssp = (np.array(x, dtype) for x in ([A_MIN, A_MAX - A_MIN], SSPRK3))
@@ -74,6 +103,6 @@ def semi_implicit(theta, data, size, work):
 
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs)},
-    "ude": {"loops": Implementation(ude)},
+    "ude": {"scan": Implementation(ude), "loops": Implementation(ude_loops)},
     "semi_implicit": {"loops": Implementation(semi_implicit, semi_implicit_prepare, stats=semi_implicit_stats)},
 }

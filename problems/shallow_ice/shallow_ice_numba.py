@@ -317,6 +317,15 @@ def misfit(H, Href):
 
 
 @njit(fastmath=True)
+def ssprk3(L, B, c, eps, ssp, rows):
+    """L[0] a step later; the others are its stages."""
+    for s in range(3):
+        p, q = ssp[s]
+        sia(L[s], B, q * c, eps, p, L[0], q, L[s + 1], rows[0], rows[1])
+    copy(L[3], L[0])
+
+
+@njit(fastmath=True)
 def ude_kernel(theta, B, H0, Href, T, unit, eps, A_span, ssp, X, L, rows, z, zb, flat, thetab):
     spy, loss = len(X) // 3 // len(Href), X.dtype.type(0)
     for k in range(len(T)):
@@ -324,10 +333,7 @@ def ude_kernel(theta, B, H0, Href, T, unit, eps, A_span, ssp, X, L, rows, z, zb,
         copy(H0, L[0])
         for year in range(len(Href)):
             for _ in range(spy):
-                for s in range(3):
-                    p, q = ssp[s]
-                    sia(L[s], B, q * A * unit, eps, p, L[0], q, L[s + 1], rows[0], rows[1])
-                copy(L[3], L[0])
+                ssprk3(L, B, A * unit, eps, ssp, rows)
             loss += misfit(L[0], Href[year, k])
     return loss / Href.size
 
