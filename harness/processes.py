@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -74,11 +75,11 @@ def cpus(threads: int) -> list[int]:
     return sorted(os.sched_getaffinity(0))[-threads:]
 
 
-def lanes() -> list[list[int]]:
+def lanes(of: Iterable[int] | None = None) -> list[list[int]]:
     """Where two cells of one thread each may be at once: a processor of each of the last two cores, never two of one core.
     Of those side by side one at a time takes samples (cell_protocol.turn), so that more lanes would gain little."""
     cores = {}
-    for cpu in everywhere():
+    for cpu in everywhere() if of is None else of:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores[siblings.read_text() if siblings.exists() else ""] = [cpu]
     return list(cores.values())[-2:]

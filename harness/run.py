@@ -202,8 +202,9 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
     measured = sum(r.measured_s for r in records.values())
     now = datetime.now(UTC).isoformat(timespec="seconds")
     writer.append(End(finished=now, wall_s=wall, measured_s=measured))
+    share, where = measured / max(wall, 1e-9) / len(lanes()), f" in each of {len(lanes())} lanes" * (len(lanes()) > 1)
     console.print(
-        f"{len(records)} cells in {_duration(wall)}, {measured / max(wall, 1e-9):.0%} of it inside first and measured calls."
+        f"{len(records)} cells in {_duration(wall)}, {share:.0%} of it inside first and measured calls{where}."
     )
     return list(records.values())
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import PLAIN, is_refusal, is_sentence
 
-from harness import run
+from harness import processes, run
 from harness.cells import cell
 from harness.ledger import CellRecord, Context, End, Run
 from problems import brusselator, gold
@@ -193,6 +193,21 @@ def bowls(tree):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.skipif(len(processes.lanes(range(os.cpu_count() or 1))) < 2, reason="one core")
+def test_cells_are_measured_in_two_lanes_where_there_are_two_cores(bowls):
+    """Each once, each on one processor of its own, and the last line counts both lanes."""
+    everywhere = lambda: os.sched_setaffinity(0, range(os.cpu_count() or 1))  # noqa: E731 - more than a test has
+    words = "-m", "harness", "run", "bowl*/numpy@tiny", "--preset", "quick"
+    with bowls.start(*words, preexec_fn=everywhere) as process:
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    (path,) = bowls.ledgers()
+    found = [r for r in lines(path) if r["kind"] == "cell"]
+    assert len(found) == len({r["cell"] for r in found}) == 10
+    assert sorted({tuple(r["cpus"]) for r in found}) == sorted(map(tuple, processes.lanes(range(os.cpu_count() or 1))))
+    assert "inside first and measured calls in each of 2 lanes." in said
 
 
 def test_a_run_is_one_file_from_context_to_end(bowls):
