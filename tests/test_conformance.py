@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from conftest import PLAIN, ROOT, is_sentence
 
-from harness.cells import backend, cell, cells, known_status
+from harness.cells import backend, cell, cells, known_status, tasks
 from harness.environments import is_made, python
 from harness.measure import attempt, spec_of
 from harness.processes import thread_environ
@@ -110,8 +110,11 @@ def is_ok(result):
 @pytest.mark.parametrize("c", TINY, ids=lambda c: c.address)
 def test_every_cell_is_ok_or_says_why_not(c, quickly):
     status, reason = known_status(c)
-    if not (_taken(c, PRESETS["default"].ways) or os.environ.get("ADPHYS_SLOW")):
-        pytest.skip("a second form in a second strategy is a cell of the full preset alone; ADPHYS_SLOW=1 runs it")
+    if not os.environ.get("ADPHYS_SLOW"):
+        if not _taken(c, PRESETS["default"].ways):
+            pytest.skip("a second form in a second strategy is a cell of the full preset alone; ADPHYS_SLOW=1 runs it")
+        if (c.backend, c.strategy) == ("torch", "compile") and c.task != next(iter(tasks(c.problem))):
+            pytest.skip("C++ for every task takes minutes, so it is the first of a problem; ADPHYS_SLOW=1 runs all")
     if status == "unsupported":
         if not is_made(backend(c.backend)):
             pytest.skip(f"the attempt needs the environment {backend(c.backend).env}")
