@@ -7,7 +7,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from problems import BadSize, Diverged, brusselator, gold, structure
-from problems.brusselator import Imex, Implicit, Ode, Rhs, brusselator_numba
+from problems.brusselator import Imex, Implicit, Ode, Rhs, Ude, brusselator_numba
 
 H = 1e-20
 
@@ -108,6 +108,30 @@ def test_implicit_reference(alpha, loss, A, B, dalpha, along_gold, mean):
     agrees(along("implicit", size, "u0", direction, "inplace"), along_gold)
     *_, last = brusselator.implicit_states(*brusselator.imex_inputs(size), size)
     agrees(last[0].mean(), mean)
+
+
+def test_ude_reference():
+    size = Ude(16)
+    value, gradient = adjoint("ude", size)
+    agrees(value, "0.5468743702795")
+    g = np.concatenate([np.ravel(gradient[name]) for name in ("W1", "b1", "W2", "b2")])
+    agrees(np.linalg.norm(g), "1.691421454707")
+    agrees(g[0], "0.020287895271")
+    agrees(g[40], "0.0267864597846")
+    agrees(g[64], "-0.426275476189")
+    direction = gold(65, 17)
+    for name, part in zip(gradient, np.split(direction, [32, 48, 64]), strict=True):
+        block = gradient[name]
+        expected = along("ude", size, name, part.reshape(block.shape), "inplace")
+        assert np.vdot(block, part) == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_network_of_ude_is_that_of_the_thread():
+    """65 numbers in the order of the blocks; what it is fitted to is imex's own trajectory."""
+    theta, data = brusselator.ude_inputs(Ude(5, T=0.4, save=0.2, alpha=0.1))
+    assert np.array_equal(np.concatenate([block.ravel() for block in theta.values()]), gold(65))
+    states = [*brusselator.imex_states(*brusselator.imex_inputs(size := Imex(5, T=0.4, save=0.2, alpha=0.1)), size)]
+    assert np.array_equal(data["target"], states) and np.array_equal(data["u0"], states[0])
 
 
 @pytest.mark.parametrize(
@@ -263,6 +287,9 @@ def test_pieces_stop_at_samples_and_at_the_forcing(keys, lengths, forced, sample
         ("imex", Imex(8, T=1.2)),
         ("imex", Imex(7, alpha=0.1, dt=0.05)),
         ("imex", Imex(3, dt=0.1)),
+        ("ude", Ude(8, T=1.2, dt=0.02)),
+        ("ude", Ude(7, alpha=0.1, dt=0.05)),
+        ("ude", Ude(3, dt=0.1)),
         ("implicit", Implicit(6, alpha=0.1, T=1.2)),
         ("implicit", Implicit(5, A=2.9, B=1.3, dt=0.1)),
         ("implicit", Implicit(3, dt=0.025, T=1.2, save=0.05)),

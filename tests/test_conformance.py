@@ -21,6 +21,7 @@ TINY = sorted(cells("*@tiny"), key=lambda c: (c.backend, c.address))
 ODD = {
     "brusselator.rhs": ("N=9,alpha=0.1", "N=12,A=2.9,B=1.3,t=0.5"),
     "brusselator.imex": ("N=7,T=1.2,dt=0.02,alpha=0.1", "N=12,T=0.6,save=0.2,dt=0.01,A=2.9,B=1.3"),
+    "brusselator.ude": ("N=7,T=1.2,dt=0.02,alpha=0.1", "N=12,T=0.6,save=0.2,dt=0.01"),
     "brusselator.implicit": ("N=7,T=1.2,dt=0.1,alpha=0.1", "N=6,T=1.2,save=0.2,A=2.9,B=1.3"),
     "brusselator.ode": ("N=5,T=1.2,save=0.4,spread=0.3,k0=5", "N=3,T=0.6,save=0.2,alpha=0.1,A=2.9,B=1.3"),
     "neural_ode.rhs": ("H=7", "H=1"),

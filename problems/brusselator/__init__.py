@@ -15,6 +15,10 @@ Tasks
            diagonalise lap, with eigenvalues lam = (2 cos(2 pi j/N) + 2 cos(2 pi k/N) - 4) / dx^2: by FFT, or as matrix
            products with Q, the real orthogonal Fourier basis (here in `inplace` and `loops`). Step n = 0, 1, ... is forced
            when n >= ceil(1.1 / dt), counted in integers. Loss = sum of (1 - u)^2 / 2 over t = 0, save, ..., T.
+    ude    a universal differential equation (Rackauckas et al., arXiv 2001.04385; SciMLSensitivity's Brusselator): in the
+           steps of imex the network W2 tanh(W1 (U, V) + b1) + b2, 16 hidden units, stands for U^2 V, the same in every
+           cell. theta is its 65 numbers, gold. Loss = mean of (u - target)^2 over t = 0, save, ..., T, both fields and all
+           cells, target being the trajectory with the true U^2 V; A = 3.4, B = 1.
     implicit  the same loss after steps of backward Euler, w - u - dt f(w, t + dt) = 0, which ten times the dt does not
            upset: step n is forced when n + 1 >= ceil(1.1 / dt). Newton from w = u, each iteration one linear solve with
            J = 1 - dt f'(w), sparse here, dense in `inplace` and `loops`. Once an update is below the root of the rounding
@@ -32,7 +36,9 @@ What they ask of AD: the thread's world 2. As loops: scalar code that mutates du
 seven shifted copies of the field. The whole derivative of rhs is a stencil again, so memory traffic is the measure. imex
 is "the middle": a long loop over buffers with a linear solve in it, an FFT that some tools cannot enter, and alpha inside
 the solve, so that dL/dalpha goes through S. With alpha = 10 the field is so smooth that dL/dalpha is 2e-4 of dL/dA.
-ode asks what to differentiate: the steps that a solver took, or the equation that it solved.
+ode asks what to differentiate: the steps that a solver took, or the equation that it solved. ude is the middle in its
+purest form, a network's products of matrices in a loop over stencils and buffers: 16 tanh a cell and step are its cost, and
+what they leave for the way back, 128 bytes, is eight times the state.
 """
 
 from math import ceil
@@ -47,6 +53,7 @@ from scipy.sparse.linalg import splu
 from problems import Diverged, Task, gold, whole
 
 FORCING, T_FORCING = 5.0, 1.1
+A_UDE, B_UDE, HIDDEN = 3.4, 1.0, 16
 MOST_NEWTON = 20  # iterations; four or five do where dt is sensible
 MOST_STEPS, MOST_CG = 100_000, 100  # steps of KenCarp4, conjugate gradient iterations of one of its solves
 FIRST = 1e-3  # the first step of KenCarp4, at the start and where the forcing sets in, as a part of the piece
@@ -70,6 +77,14 @@ class Imex(NamedTuple):
     B: float = 1.0
     dt: float = 0.005
     save: float = 0.1
+
+
+class Ude(NamedTuple):
+    N: int
+    T: float = 1.5
+    dt: float = 0.005
+    save: float = 0.1
+    alpha: float = 10.0
 
 
 class Implicit(NamedTuple):
@@ -130,6 +145,15 @@ def imex_check(size):
         if whole(x, y) is None:
             return f"{a}/{b} must be a whole number, {a}={x} and {b}={y} give {x / y:.6g}"
     return ""
+
+
+def ude_inputs(size):
+    truth, data = imex_inputs(Imex(A=A_UDE, B=B_UDE, **size._asdict()))
+    ends = np.cumsum([2 * HIDDEN, HIDDEN, HIDDEN])
+    W1, b1, W2, b2 = np.split(gold(4 * HIDDEN + 1), ends)
+    theta = {"W1": W1.reshape(HIDDEN, 2), "b1": b1, "W2": W2, "b2": b2.reshape(())}
+    target = np.stack([*imex_states(truth, data, size)])
+    return theta, {"u0": truth["u0"], "disc": data["disc"], "target": target}
 
 
 def ode_inputs(size):
@@ -233,6 +257,33 @@ def imex_states(theta, data, size):
 
 def imex(theta, data, size):
     return sum(np.sum((1 - u) ** 2) / 2 for u in imex_states(theta, data, size))
+
+
+def network(u, W1, b1, W2, b2):
+    """What stands for U^2 V, (N, N), of u (2, N, N)."""
+    z = np.tanh(np.tensordot(W1, u, 1) + b1[:, None, None])
+    return np.tensordot(W2, z, 1) + b2
+
+
+def ude_states(theta, data, size):
+    """u at t = 0, save, ..., T."""
+    u, A, B, dt = data["u0"], A_UDE, B_UDE, size.dt
+    saves, every, first = clock(size)
+    lam = eigenvalues(size.N).astype(u.dtype)
+    g = 1 / (1 - dt * size.alpha * (lam[:, None] + lam[: size.N // 2 + 1]))  # (N, N//2+1)
+    yield u
+    for s in range(saves):
+        for n in range(s * every, (s + 1) * every):
+            force = FORCING * data["disc"] if n >= first else 0.0
+            flow = A * u[0] - network(u, **theta)
+            u = fft_solve(u + dt * np.stack([B - u[0] - flow + force, flow]), g)
+        yield u
+
+
+def ude(theta, data, size):
+    target = data["target"]  # (saves+1, 2, N, N)
+    states = ude_states(theta, data, size)
+    return sum(np.sum((u - seen) ** 2) for u, seen in zip(states, target, strict=True)) / target.size
 
 
 def newton(update, w):
@@ -516,15 +567,58 @@ def imex_inplace(theta, data, size):
         U += dt * B
         if n >= first:
             U += push
-        np.matmul(Q.T, u, out=work)
-        np.matmul(work, Q, out=r)
-        r *= h
-        np.matmul(Q, r, out=work)
-        np.matmul(work, Q.T, out=r)
-        u += r
+        diffuse_inplace(u, h, Q, r, work)
         if (n + 1) % every == 0:
             loss += np.sum((1 - u) ** 2) / 2
     return loss
+
+
+def diffuse_inplace(u, h, Q, r, work):
+    """u = S u"""
+    np.matmul(Q.T, u, out=work)
+    np.matmul(work, Q, out=r)
+    r *= h
+    np.matmul(Q, r, out=work)
+    np.matmul(work, Q.T, out=r)
+    u += r
+
+
+def network_inplace(u, z, out, W1, b1, W2, b2):
+    """out = what stands for U^2 V; z (hidden, N^2) is scratch."""
+    np.matmul(W1, u.reshape(2, -1), out=z)
+    z += b1[:, None]
+    np.tanh(z, out=z)
+    np.matmul(W2, z, out=out.reshape(-1))
+    out += b2
+
+
+def ude_inplace(theta, data, size):
+    N, dt, target = size.N, size.dt, data["target"]
+    saves, every, first = clock(size)
+    real = data["u0"].dtype
+    u = data["u0"].astype(np.result_type(*theta.values()))
+    lam, Q = eigenvalues(N).astype(real), fourier(N).astype(u.dtype)
+    x = dt * size.alpha * (lam[:, None] + lam)
+    h = x / (1 - x)
+    push = dt * FORCING * data["disc"].astype(real)
+    U, V = u
+    flow, r, work = np.empty_like(U), np.empty_like(u), np.empty_like(u)
+    z = np.empty((HIDDEN, N * N), u.dtype)
+    loss = np.sum((u - target[0]) ** 2)
+    for n in range(saves * every):
+        network_inplace(u, z, flow, **theta)
+        flow -= A_UDE * U  # now what V loses to U
+        flow *= dt
+        V -= flow
+        U *= 1 - dt
+        U += flow
+        U += dt * B_UDE
+        if n >= first:
+            U += push
+        diffuse_inplace(u, h, Q, r, work)
+        if (n + 1) % every == 0:
+            loss += np.sum((u - target[(n + 1) // every]) ** 2)
+    return loss / target.size
 
 
 def implicit_inplace(theta, data, size):
@@ -639,18 +733,53 @@ def imex_loops(theta, data, size):
                 U2V = U * U * V
                 u[0, i, j] = U + dt * (B + U2V - (A + 1) * U + force * disc[i, j])
                 u[1, i, j] = V + dt * (A * U - U2V)
-        for s in range(2):
-            product(Q.T, u[s], work)
-            product(work, Q, r)
-            for i in range(N):
-                for j in range(N):
-                    z = dt * alpha * (lam[i] + lam[j])
-                    r[i, j] *= z / (1 - z)
-            product(Q, r, work)
-            product(work, Q.T, r)
-            for i in range(N):
-                for j in range(N):
-                    u[s, i, j] += r[i, j]
+        diffuse_loops(u, dt * alpha, lam, Q, r, work)
+
+
+def diffuse_loops(u, c, lam, Q, r, work):
+    """u = S u, c = dt alpha"""
+    N = len(lam)
+    for s in range(2):
+        product(Q.T, u[s], work)
+        product(work, Q, r)
+        for i in range(N):
+            for j in range(N):
+                z = c * (lam[i] + lam[j])
+                r[i, j] *= z / (1 - z)
+        product(Q, r, work)
+        product(work, Q.T, r)
+        for i in range(N):
+            for j in range(N):
+                u[s, i, j] += r[i, j]
+
+
+def ude_loops(theta, data, size):
+    W1, b1, W2, b2 = theta["W1"], theta["b1"], theta["W2"], theta["b2"]
+    disc, target, N, dt = data["disc"], data["target"], size.N, size.dt
+    saves, every, first = clock(size)
+    real = data["u0"].dtype
+    u = data["u0"].astype(np.result_type(*theta.values()))
+    lam, Q = eigenvalues(N).astype(real), fourier(N).astype(real)
+    r, work = np.empty_like(u[0]), np.empty_like(u[0])
+    loss = 0.0
+    for n in range(saves * every + 1):
+        if n % every == 0:
+            for s in range(2):
+                for i in range(N):
+                    for j in range(N):
+                        loss += (u[s, i, j] - target[n // every, s, i, j]) ** 2
+        if n == saves * every:
+            return loss / target.size
+        force = FORCING if n >= first else 0.0
+        for i in range(N):
+            for j in range(N):
+                U, V = u[0, i, j], u[1, i, j]
+                flow = A_UDE * U - b2
+                for k in range(HIDDEN):
+                    flow -= W2[k] * np.tanh(W1[k, 0] * U + W1[k, 1] * V + b1[k])
+                u[0, i, j] = U + dt * (B_UDE - U - flow + force * disc[i, j])
+                u[1, i, j] = V + dt * flow
+        diffuse_loops(u, dt * size.alpha, lam, Q, r, work)
 
 
 def implicit_loops(theta, data, size):
@@ -717,6 +846,17 @@ TASKS = {
         lower={"N": 3},
         check=imex_check,
         sweep=({"N": 4}, {"N": 6}, {"N": 16}, {"N": 128}),
+    ),
+    "ude": Task(
+        size=Ude,
+        sizes={"tiny": Ude(4, T=1.2, dt=0.05, save=0.4), "small": Ude(16), "large": Ude(32)},
+        inputs=ude_inputs,
+        forms={"array": ude, "inplace": ude_inplace, "loops": ude_loops},
+        gate=1e-8,
+        gate32=2e-4,
+        lower={"N": 3},
+        check=imex_check,
+        sweep=({"N": 8}, {"N": 24}, {"N": 64}),
     ),
     "implicit": Task(
         size=Implicit,

@@ -15,8 +15,11 @@ from numba import njit
 from backends.numba_backend import LANES, by_chunks
 from problems import Implementation, structure
 from problems.brusselator import (
+    A_UDE,
+    B_UDE,
     FIRST,
     FORCING,
+    HIDDEN,
     MOST_CG,
     MOST_NEWTON,
     MOST_STEPS,
@@ -34,6 +37,7 @@ from problems.brusselator import (
     stiff,
     unsolved,
 )
+from problems.neural_ode.neural_ode_numba import tanh
 
 # all but that numbers are finite: by that ode refuses a step that is too long
 FAST = {"reassoc", "contract", "arcp", "nsz", "afn"}
@@ -490,6 +494,258 @@ def imex_duals(theta, data, size, work):
         tangents = A, d["A"], B, d["B"], d["alpha"] * (N - 1) ** 2
         steps = size.dt, saves * every, every, first
         return imex_duals_kernel(u, du, r, dr, *tangents, data["disc"], S, *steps, work.waves, out)
+
+    return by_chunks(theta, dual)
+
+
+# ude: the state as in imex. Cells go through the network by blocks, so that all of it stays in the nearest cache. Its
+# hidden values are not kept: to have them again takes as long as to fetch 128 bytes a cell and step does, 300 steps later.
+
+CELLS = 256  # of a block
+
+
+class UdeWork(NamedTuple):
+    basis: tuple
+    states: np.ndarray  # (steps+1, 2N, N)
+    r: np.ndarray  # (2N, N + pad), as waves and w
+    waves: np.ndarray
+    w: np.ndarray
+    z: np.ndarray  # (HIDDEN, CELLS)
+    fields: np.ndarray  # (4, N, N): what the network gives, its cotangent, and those of U and V
+    gradient: tuple  # W1 (HIDDEN, 2), b1 (HIDDEN), W2 (HIDDEN)
+
+
+def ude_prepare(structure, size):
+    N, (saves, every, _), dtype = size.N, clock(size), structure["W1"].dtype
+    basis, pad = imex_basis(N, dtype)
+    waves = (np.zeros((2 * N, N + pad), dtype) for _ in range(3))
+    states = np.empty((saves * every + 1, 2 * N, N), dtype)
+    z, fields = np.empty((HIDDEN, CELLS), dtype), np.empty((4, N, N), dtype)
+    gradient = tuple(np.empty(structure[name].shape, dtype) for name in ("W1", "b1", "W2"))
+    return UdeWork(basis, states, *waves, z, fields, gradient)
+
+
+@njit(fastmath=True, error_model="numpy")
+def network(U, V, net, z, f):
+    """f = W2 z + b2 with z = tanh(W1 (U, V) + b1), one hidden unit after the other."""
+    W1, b1, W2, b2 = net
+    for k in range(U.size):
+        f[k] = b2
+    for h in range(b1.size):
+        p, q, b, w, y = W1[h, 0], W1[h, 1], b1[h], W2[h], z[h]
+        for k in range(U.size):
+            y[k] = tanh(p * U[k] + q * V[k] + b)
+            f[k] += w * y[k]
+
+
+@njit(fastmath=True, error_model="numpy")
+def network_vjp(U, V, net, z, fb, W1b, b1b, W2b, Ub, Vb):
+    """Ub and Vb, and adds to the cotangents of the weights."""
+    W1, b1, W2, _ = net
+    for k in range(U.size):
+        Ub[k] = Vb[k] = 0
+    for h in range(b1.size):
+        p, q, w, y = W1[h, 0], W1[h, 1], W2[h], z[h]
+        pb = qb = bb = wb = 0.0
+        for k in range(U.size):
+            ab = w * fb[k] * (1 - y[k] * y[k])
+            wb += fb[k] * y[k]
+            bb += ab
+            pb += ab * U[k]
+            qb += ab * V[k]
+            Ub[k] += p * ab
+            Vb[k] += q * ab
+        W1b[h, 0] += pb
+        W1b[h, 1] += qb
+        b1b[h] += bb
+        W2b[h] += wb
+
+
+@njit(fastmath=True)
+def react_given(u, f, force, disc, dt, r):
+    """As `react`, with f for U^2 V."""
+    N = disc.shape[0]
+    U0, V0 = u[0, 0], u[N, 0]
+    for i in range(N):
+        U, V, e, x, p, q = u[i], u[N + i], f[i], disc[i], r[i], r[N + i]
+        for j in range(N):
+            flow = A_UDE * U[j] - e[j]
+            p[j] = U[j] - U0 + dt * (B_UDE - U[j] - flow + force * x[j])
+            q[j] = V[j] - V0 + dt * flow
+    return U0, V0
+
+
+@njit(fastmath=True)
+def misfit_to(u, target, total):
+    """total + sum (u - target)^2"""
+    for i in range(target.shape[0]):
+        x, y = u[i], target[i]
+        for j in range(target.shape[1]):
+            total += (x[j] - y[j]) ** 2
+    return total
+
+
+@njit(fastmath=True)
+def ude_kernel(states, net, disc, target, S, dt, steps, every, first, r, waves, z, f):
+    """The loss; state n stays in states[n], as far as they reach."""
+    N, cells = len(disc), f.ravel()
+    loss = misfit_to(states[0], target[0], 0.0)
+    for n in range(steps):
+        u, new = states[n % len(states)], states[(n + 1) % len(states)]
+        U, V = u[:N].ravel(), u[N:].ravel()
+        for k in range(0, U.size, CELLS):
+            at = slice(k, k + CELLS)
+            network(U[at], V[at], net, z, cells[at])
+        U0, V0 = react_given(u, f, FORCING if n >= first else 0.0, disc, dt, r)
+        diffuse(r, U0, V0, S, waves, new)
+        if (n + 1) % every == 0:
+            loss = misfit_to(new, target[(n + 1) // every], loss)
+    return loss / target.size
+
+
+@njit(fastmath=True)
+def react_given_vjp(u, target, w, fb, Ub, Vb, dt, weight, r):
+    """r = (1 + dt R'(u))^T w, Ub and Vb being what comes through the network, plus weight (u - target)."""
+    N = fb.shape[0]
+    for i in range(N):
+        U, V, x, y, p, q, a, b, d, rU, rV = (
+            u[i], u[N + i], target[i], target[N + i], w[i], w[N + i], Ub[i], Vb[i], fb[i], r[i], r[N + i]
+        )  # fmt: skip
+        for j in range(N):
+            rU[j] = p[j] - dt * p[j] - A_UDE * d[j] + a[j] + weight * (U[j] - x[j])
+            rV[j] = q[j] + b[j] + weight * (V[j] - y[j])
+
+
+@njit(fastmath=True)
+def ude_vjp_kernel(states, net, target, S, dt, steps, every, r, waves, w, z, fields, gradient):
+    """Into `gradient` and, of b2, returned."""
+    (W1b, b1b, W2b), fb, Ub, Vb, b2b = gradient, fields[1], fields[2], fields[3], 0.0
+    N, cells, cells_b, cells_Ub, cells_Vb = len(fb), fields[0].ravel(), fb.ravel(), Ub.ravel(), Vb.ravel()
+    W1b[:] = 0
+    b1b[:] = 0
+    W2b[:] = 0
+    w[:] = 0
+    fields[:] = 0
+    for n in range(steps, 0, -1):
+        react_given_vjp(states[n], target[n // every], w, fb, Ub, Vb, dt, 2 / target.size * (n % every == 0), r)
+        diffuse(r, 0.0, 0.0, S, waves, w)
+        for i in range(N):
+            p, q, d = w[i], w[N + i], fb[i]
+            for j in range(N):
+                d[j] = dt * (p[j] - q[j])
+                b2b += d[j]
+        U, V = states[n - 1, :N].ravel(), states[n - 1, N:].ravel()
+        for k in range(0, U.size, CELLS):
+            at = slice(k, k + CELLS)
+            network(U[at], V[at], net, z, cells[at])
+            network_vjp(U[at], V[at], net, z, cells_b[at], W1b, b1b, W2b, cells_Ub[at], cells_Vb[at])
+    return b2b
+
+
+@njit(fastmath=True, error_model="numpy")
+def network_jvp(U, V, dU, dV, net, dnet, lane, z, df):
+    """The tangent of f in `network`, of which z is given."""
+    W1, _, W2, _ = net
+    dW1, db1, dW2, db2 = dnet
+    for k in range(U.size):
+        df[k] = db2[lane]
+    for h in range(W2.size):
+        p, q, w, y = W1[h, 0], W1[h, 1], W2[h], z[h]
+        dp, dq, db, dw = dW1[h, 0, lane], dW1[h, 1, lane], db1[h, lane], dW2[h, lane]
+        for k in range(U.size):
+            da = dp * U[k] + dq * V[k] + p * dU[k] + q * dV[k] + db
+            df[k] += dw * y[k] + w * (1 - y[k] * y[k]) * da
+
+
+@njit(fastmath=True)
+def react_given_jvp(du, df, dt, dr):
+    """The tangent of r in `react_given`."""
+    N = du.shape[0] // 2
+    for i in range(N):
+        dU, dV, e, p, q = du[i], du[N + i], df[i], dr[i], dr[N + i]
+        for j in range(N):
+            dflow = A_UDE * dU[j] - e[j]
+            p[j] = dU[j] - dt * (dU[j] + dflow)
+            q[j] = dV[j] + dt * dflow
+
+
+@njit(fastmath=True)
+def misfit_to_jvp(u, du, target, total):
+    for i in range(target.shape[0]):
+        x, dx, y = u[i], du[i], target[i]
+        for j in range(target.shape[1]):
+            total += 2 * (x[j] - y[j]) * dx[j]
+    return total
+
+
+@njit(fastmath=True)
+def ude_duals_kernel(u, du, r, dr, net, dnet, disc, target, S, dt, steps, every, first, waves, z, f, df, dloss):
+    """The loss, and its tangents into dloss."""
+    N, cells = len(disc), f.ravel()
+    loss = misfit_to(u, target[0], 0.0)
+    du[:] = 0
+    dloss[:] = 0
+    for n in range(steps):
+        U, V = u[:N].ravel(), u[N:].ravel()
+        for k in range(0, U.size, CELLS):
+            at = slice(k, k + CELLS)
+            network(U[at], V[at], net, z, cells[at])
+            for lane in range(LANES):
+                dU, dV, dcells = du[lane, :N].ravel(), du[lane, N:].ravel(), df[lane].ravel()
+                network_jvp(U[at], V[at], dU[at], dV[at], net, dnet, lane, z, dcells[at])
+        for lane in range(LANES):
+            react_given_jvp(du[lane], df[lane], dt, dr[lane])
+            diffuse(dr[lane], 0.0, 0.0, S, waves, du[lane])
+        U0, V0 = react_given(u, f, FORCING if n >= first else 0.0, disc, dt, r)
+        diffuse(r, U0, V0, S, waves, u)
+        if (n + 1) % every == 0:
+            goal = target[(n + 1) // every]
+            loss = misfit_to(u, goal, loss)
+            for lane in range(LANES):
+                dloss[lane] = misfit_to_jvp(u, du[lane], goal, dloss[lane])
+    for lane in range(LANES):
+        dloss[lane] /= target.size
+    return loss / target.size
+
+
+def ude_arguments(theta, data, size, work):
+    """The network, the forcing, the target and the clock, as all kernels take them."""
+    N, (saves, every, first) = size.N, clock(size)
+    net = theta["W1"], theta["b1"], theta["W2"], theta["b2"][()]
+    S = solver(size.alpha, size, work.basis)
+    return net, data["disc"], data["target"].reshape(-1, 2 * N, N), S, size.dt, saves * every, every, first
+
+
+def ude_primal(data, size, work, states, arguments):
+    states[0] = data["u0"].reshape(2 * size.N, size.N)
+    return ude_kernel(states, *arguments, work.r, work.waves, work.z, work.fields[0])
+
+
+def ude(theta, data, size, work):
+    return ude_primal(data, size, work, work.states[:2], ude_arguments(theta, data, size, work))
+
+
+def ude_adjoint(theta, data, size, work):
+    arguments = net, _, target, S, dt, steps, every, _ = ude_arguments(theta, data, size, work)
+    loss = ude_primal(data, size, work, work.states, arguments)
+    scratch = work.r, work.waves, work.w, work.z, work.fields
+    b2b = ude_vjp_kernel(work.states, net, target, S, dt, steps, every, *scratch, work.gradient)
+    return loss, dict(zip(theta, (*work.gradient, b2b), strict=True))
+
+
+def ude_duals(theta, data, size, work):
+    N, (u, dtype) = size.N, (work.states[0], work.z.dtype)
+    (net, *fixed), f = ude_arguments(theta, data, size, work), work.fields[0]
+    du, dr, df = (
+        np.empty((LANES, 2 * N, N), dtype),
+        np.empty((LANES, *work.r.shape), dtype),
+        np.empty((LANES, N, N), dtype),
+    )
+
+    def dual(d, out):
+        u[:] = data["u0"].reshape(2 * N, N)
+        dnet = d["W1"], d["b1"], d["W2"], d["b2"]
+        return ude_duals_kernel(u, du, work.r, dr, net, dnet, *fixed, work.waves, work.z, f, df, out)
 
     return by_chunks(theta, dual)
 
@@ -1189,6 +1445,7 @@ def ode_stats(theta, data, size):
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
     "imex": {"loops": Implementation(imex, imex_prepare, strategies={"adjoint": imex_adjoint, "duals": imex_duals})},
+    "ude": {"loops": Implementation(ude, ude_prepare, strategies={"adjoint": ude_adjoint, "duals": ude_duals})},
     "implicit": {
         "loops": Implementation(implicit, implicit_prepare, implicit_stats, strategies={"adjoint": implicit_adjoint})
     },
