@@ -4,7 +4,17 @@ import torch
 
 from backends.torch_backend import checkpointed, compiled
 from problems import Implementation
-from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, diverged, eigenvalues, lap_matrix
+from problems.brusselator import (
+    A_UDE,
+    B_UDE,
+    FORCING,
+    MOST_NEWTON,
+    T_FORCING,
+    clock,
+    diverged,
+    eigenvalues,
+    lap_matrix,
+)
 
 
 def lap(u, N):
@@ -180,6 +190,52 @@ def imex_inplace_compile(theta, data, size):
     return imex_inplace(theta, data, size, explicit=compiled(explicit_inplace))
 
 
+def network(U, V, W1, b1, W2, b2):
+    """What stands for U^2 V."""
+    z = torch.tanh(torch.addmm(b1[:, None], W1, torch.stack([U.ravel(), V.ravel()])))
+    return (W2 @ z + b2).view_as(U)
+
+
+def explicit_given(U, V, net, dt, push):
+    """As `explicit`, with the network."""
+    flow = A_UDE * U - network(U, V, **net)
+    return U + dt * (B_UDE - U - flow + push), V + dt * flow
+
+
+def ude(theta, data, size, keep=lambda interval: interval, explicit=explicit_given, diffuse=diffuse):
+    u, target, dt = data["u0"], data["target"], size.dt
+    saves, every, first = clock(size)
+    g = solver(size.alpha, size, u)
+    push = FORCING * data["disc"]
+    zero = torch.zeros_like(push)
+
+    @keep
+    def interval(U, V, steps):
+        for n in steps:
+            U, V = diffuse(*explicit(U, V, theta, dt, push if n >= first else zero), g)
+        return U, V
+
+    loss = torch.sum((u - target[0]) ** 2)
+    U, V = u
+    for n in range(0, saves * every, every):
+        U, V = interval(U, V, range(n, n + every))
+        x, y = target[n // every + 1]
+        loss = loss + torch.sum((U - x) ** 2) + torch.sum((V - y) ** 2)
+    return loss / target.numel()
+
+
+def ude_checkpoint(theta, data, size):
+    return ude(theta, data, size, checkpointed)
+
+
+def ude_compile(theta, data, size):
+    return ude(theta, data, size, explicit=compiled(explicit_given))
+
+
+def ude_rule(theta, data, size):
+    return ude(theta, data, size, diffuse=diffuse_rule)
+
+
 def residual(w, u, A, B, alpha, push, dt):
     return w - u - dt * (reaction(w, A, B, push) + alpha * lap(w, w.shape[-1]))
 
@@ -251,6 +307,11 @@ IMPLEMENTATION = {
         ),
         "inplace": Implementation(
             imex_inplace, strategies={"checkpoint": imex_inplace_checkpoint, "compile": imex_inplace_compile}
+        ),
+    },
+    "ude": {
+        "array": Implementation(
+            ude, strategies={"checkpoint": ude_checkpoint, "compile": ude_compile, "custom_rule": ude_rule}
         ),
     },
     "implicit": {
