@@ -4,7 +4,18 @@ import autograd.numpy as np
 from autograd.tracer import getval
 
 from problems import Implementation
-from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, diverged, eigenvalues, fourier, lap_matrix
+from problems.brusselator import (
+    A_UDE,
+    B_UDE,
+    FORCING,
+    MOST_NEWTON,
+    T_FORCING,
+    clock,
+    diverged,
+    eigenvalues,
+    fourier,
+    lap_matrix,
+)
 
 
 def lap(u, N):
@@ -47,6 +58,36 @@ def imex(theta, data, size):
         if (n + 1) % every == 0:
             loss = loss + misfit(U, V)
     return loss
+
+
+def network(U, V, W1, b1, W2, b2):
+    """What stands for U^2 V."""
+    z = np.tanh(np.dot(W1, np.reshape(np.concatenate([U, V]), (2, -1))) + b1[:, None])
+    return np.reshape(np.dot(W2, z) + b2, U.shape)
+
+
+def ude(theta, data, size):
+    (U, V), target, dt = data["u0"], data["target"], size.dt
+    saves, every, first = clock(size)
+    lam, Q = (a.astype(U.dtype) for a in (eigenvalues(size.N), fourier(size.N)))
+    x = dt * size.alpha * (lam[:, None] + lam)
+    h = x / (1 - x)
+    push = FORCING * data["disc"]
+
+    def solve(r):
+        return r + np.dot(np.dot(Q, h * np.dot(np.dot(Q.T, r), Q)), Q.T)
+
+    loss = np.sum((data["u0"] - target[0]) ** 2)
+    for n in range(saves * every):
+        flow = A_UDE * U - network(U, V, **theta)
+        source = B_UDE - U - flow
+        if n >= first:
+            source = source + push
+        U, V = solve(U + dt * source), solve(V + dt * flow)
+        if (n + 1) % every == 0:
+            goal_U, goal_V = target[(n + 1) // every]
+            loss = loss + np.sum((U - goal_U) ** 2) + np.sum((V - goal_V) ** 2)
+    return loss / target.size
 
 
 def newton(F, J, w):
@@ -97,5 +138,6 @@ def implicit_prepare(structure, size):
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs)},
     "imex": {"array": Implementation(imex)},
+    "ude": {"array": Implementation(ude)},
     "implicit": {"array": Implementation(implicit, implicit_prepare)},
 }

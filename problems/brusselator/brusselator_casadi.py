@@ -7,7 +7,7 @@ import casadi as ca
 import numpy as np
 
 from problems import Implementation
-from problems.brusselator import FORCING, MOST_NEWTON, T_FORCING, clock, eigenvalues, fourier
+from problems.brusselator import A_UDE, B_UDE, FORCING, MOST_NEWTON, T_FORCING, clock, eigenvalues, fourier
 
 UNROLLED = 6  # Newton iterations where each is differentiated: as many in every step, one more than they need
 
@@ -70,6 +70,45 @@ def imex_flat(theta, data, size):
     return imex(theta, data, size, base=-1)
 
 
+def network(u, W1, b1, W2, b2):
+    """What stands for U^2 V, (N, N), of u (N, 2 N); W1 comes transposed."""
+    N = u.shape[0]
+    z = ca.tanh(ca.mtimes(ca.reshape(u, N * N, 2), W1) + ca.repmat(b1.T, N * N, 1))
+    return ca.reshape(ca.mtimes(z, W2) + b2, N, N)
+
+
+def ude_step(size, net):
+    """As `step`, with the network, and h a constant."""
+    N, dt, Q, lam = size.N, size.dt, ca.DM(fourier(size.N)), eigenvalues(size.N)
+    x = dt * size.alpha * (lam[:, None] + lam)
+    h = ca.DM(x / (1 - x))
+    u, push = ca.MX.sym("u", N, 2 * N), ca.MX.sym("push", N, N)
+    net = [ca.MX.sym("net", *block.shape) for block in net]
+    U, V = ca.horzsplit(u, N)
+    flow = A_UDE * U - network(u, *net)
+
+    def solve(r):
+        return r + ca.mtimes(ca.mtimes(Q, h * ca.mtimes(ca.mtimes(Q.T, r), Q)), Q.T)
+
+    u1 = ca.horzcat(solve(U + dt * (B_UDE - U - flow + push)), solve(V + dt * flow))
+    return ca.Function("step", [u, push, *net], [u1])
+
+
+def ude(theta, data, size, base=10):
+    u0, target, N = data["u0"], data["target"], size.N
+    saves, every, first = clock(size)
+    steps, net = saves * every, [theta[name] for name in ("W1", "b1", "W2", "b2")]
+    forced = ca.DM(FORCING * (np.arange(steps)[None] >= first))
+    parameters = ca.kron(forced, data["disc"]), *(ca.repmat(block, 1, steps) for block in net)
+    u = ude_step(size, net).mapaccum(steps, {"base": base})(u0, *parameters)  # (N, 2 N steps)
+    saved = ca.horzcat(u0, *ca.horzsplit(u, 2 * N)[every - 1 :: every])
+    return ca.sumsqr(saved - target) / target.numel()
+
+
+def ude_flat(theta, data, size):
+    return ude(theta, data, size, base=-1)
+
+
 def residual(size):
     """Of a step of backward Euler, scalar by scalar (SX), so that its Jacobian is sparse: the unknowns, the rest, F."""
     N, dt, D = size.N, size.dt, second_difference(size.N)
@@ -126,5 +165,6 @@ def implicit_root(theta, data, size):
 IMPLEMENTATION = {
     "rhs": {"mx": Implementation(rhs)},
     "imex": {"mx": Implementation(imex, strategies={"tape": imex_flat})},
+    "ude": {"mx": Implementation(ude, strategies={"tape": ude_flat})},
     "implicit": {"mx": Implementation(implicit, strategies={"implicit": implicit_root})},
 }

@@ -18,7 +18,7 @@ from numba import njit
 
 from backends.enzyme_backend import differentiable, output, scratch
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING, brusselator_jax, clock, eigenvalues, fourier
+from problems.brusselator import A_UDE, B_UDE, FORCING, T_FORCING, brusselator_jax, clock, eigenvalues, fourier
 from problems.brusselator.brusselator_numba import (
     fold,
     imex_basis,
@@ -27,6 +27,7 @@ from problems.brusselator.brusselator_numba import (
     react,
     rhs_kernel,
 )
+from problems.neural_ode.neural_ode_enzyme import tanh
 
 
 def rhs(theta, data, size):
@@ -115,6 +116,37 @@ def imex_fft(theta, data, size):
     return brusselator_jax.imex(theta, data, size, explicit=explicit)
 
 
+@njit(fastmath=True, error_model="numpy")
+def react_given(u, net, force, disc, dt, r):
+    """As `react`, with the network for U^2 V."""
+    N, (W1, b1, W2, b2) = disc.shape[0], net
+    U0, V0 = u[0, 0], u[N, 0]
+    for i in range(N):
+        U, V, x, p, q = u[i], u[N + i], disc[i], r[i], r[N + i]
+        for j in range(N):
+            q[j] = b2
+        for h in range(b1.size):
+            for j in range(N):
+                q[j] += W2[h] * tanh(W1[h, 0] * U[j] + W1[h, 1] * V[j] + b1[h])
+        for j in range(N):
+            flow = A_UDE * U[j] - q[j]
+            p[j] = U[j] - U0 + dt * (B_UDE - U[j] - flow + force * x[j])
+            q[j] = V[j] - V0 + dt * flow
+    return U0, V0
+
+
+def explicit_given(U, V, net, force, disc, dt):
+    """u + dt R(u)"""
+    N, u, net = len(disc), jnp.concatenate([U, V]), tuple(net[name] for name in ("W1", "b1", "W2", "b2"))
+    U0, V0, r = differentiable(react_given)(u, net, force, disc, dt, output(u.shape, u.dtype))
+    return U0 + r[:N], V0 + r[N:]
+
+
+def ude(theta, data, size):
+    """The network is Enzyme's, as the reaction of imex is."""
+    return brusselator_jax.ude(theta, data, size, explicit=explicit_given)
+
+
 # S as four products with Q, as in `inplace`; Q and disc are arguments, and so they are differentiated too.
 IMEX_CPP = """
 using namespace enzyme;
@@ -199,5 +231,6 @@ def implicit(theta, data, size):
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs), "cpp": Implementation(rhs_cpp)},
     "imex": {"fft": Implementation(imex_fft), "loops": Implementation(imex), "cpp": Implementation(imex_cpp)},
+    "ude": {"fft": Implementation(ude)},
     "implicit": {"loops": Implementation(implicit)},
 }

@@ -130,7 +130,7 @@ def imex_rule(theta, data, size):
 
 def network(U, V, W1, b1, W2, b2):
     """What stands for U^2 V."""
-    z = jnp.tanh(W1 @ jnp.stack([U.ravel(), V.ravel()]) + b1[:, None])
+    z = jnp.tanh(W1 @ jnp.concatenate([U, V]).reshape(2, -1) + b1[:, None])
     return (W2 @ z + b2).reshape(U.shape)
 
 

@@ -192,7 +192,7 @@ def imex_inplace_compile(theta, data, size):
 
 def network(U, V, W1, b1, W2, b2):
     """What stands for U^2 V."""
-    z = torch.tanh(torch.addmm(b1[:, None], W1, torch.stack([U.ravel(), V.ravel()])))
+    z = torch.tanh(torch.addmm(b1[:, None], W1, torch.cat([U, V]).view(2, -1)))
     return (W2 @ z + b2).view_as(U)
 
 

@@ -8,7 +8,7 @@ import warp as wp
 
 from backends.warp_backend import scratch
 from problems import Implementation
-from problems.brusselator import FORCING, T_FORCING, clock, eigenvalues, fourier
+from problems.brusselator import A_UDE, B_UDE, FORCING, HIDDEN, T_FORCING, clock, eigenvalues, fourier
 
 TILE, THREADS = 32, 64  # the largest edge of a tile, and the threads that share one on a GPU
 
@@ -170,7 +170,88 @@ def imex_prepare(structure, size):
     return Work(kernels, (2, blocks, blocks), lam, Q, Qt, u, v, scratch((N, N), real), r, w, scratch(1, real))
 
 
+# ude
+
+
+@cache
+def network_kernel(real):
+    field, fields, number = wp.array2d(dtype=real), wp.array3d(dtype=real), wp.array(dtype=real)
+    hidden, A, B, one = wp.constant(HIDDEN), real(A_UDE), real(B_UDE), real(1.0)
+
+    @wp.kernel
+    def react(
+        u: fields, W1: field, b1: number, W2: number, b2: number, disc: field, force: real, dt: real, r: fields
+    ):
+        """As for imex, with the network for U^2 V."""
+        i, j = wp.tid()
+        U, V = u[0, i, j], u[1, i, j]
+        f = b2[0]
+        for h in range(hidden):
+            f += W2[h] * wp.tanh(W1[h, 0] * U + W1[h, 1] * V + b1[h])
+        flow = A * U - f
+        r[0, i, j] = U + dt * (B - U - flow + force * disc[i, j])
+        r[1, i, j] = V + dt * flow
+
+    @wp.kernel
+    def misfit(u: fields, target: fields, factor: real, loss: number):
+        s, i, j = wp.tid()
+        d = u[s, i, j] - target[s, i, j]
+        wp.atomic_add(loss, 0, factor * d * d)
+
+    return react, misfit
+
+
+class UdeWork(NamedTuple):
+    kernels: tuple
+    tiles: tuple
+    Q: wp.array  # (N, N), as Qt and h
+    Qt: wp.array
+    h: wp.array
+    u: list  # (2, N, N), for every step
+    r: wp.array  # (2, N, N), as v and w: S is linear, so that steps share them
+    v: wp.array
+    w: wp.array
+    loss: wp.array
+
+
+def ude(theta, data, size, work):
+    u, h, r, v, w, target, dt = [data["u0"], *work.u], work.h, work.r, work.v, work.w, data["target"], size.dt
+    react, misfit, turn, scale_turn, turn_add = work.kernels
+    net = [theta[name] for name in ("W1", "b1", "W2", "b2")]
+    saves, every, first = clock(size)
+    cells, both = (size.N, size.N), (2, size.N, size.N)
+    work.loss.zero_()
+    wp.launch(misfit, both, [u[0], target[0], 1 / target.size], [work.loss])
+    for n in range(saves * every):
+        force = FORCING if n >= first else 0.0
+        wp.launch(react, cells, [u[n], *net, data["disc"], force, dt], [r])
+        for kernel, inputs, out in (
+            (turn, [r, work.Q], w),
+            (turn, [w, work.Q], v),
+            (scale_turn, [h, v, work.Qt], w),
+            (turn_add, [w, work.Qt, r], u[n + 1]),
+        ):
+            wp.launch_tiled(kernel, dim=work.tiles, inputs=inputs, outputs=[out], block_dim=THREADS)
+        if (n + 1) % every == 0:
+            wp.launch(misfit, both, [u[n + 1], target[(n + 1) // every], 1 / target.size], [work.loss])
+    return work.loss
+
+
+def ude_prepare(structure, size):
+    N, (saves, every, _) = size.N, clock(size)
+    real, blocks, Q, lam = wp.dtype_from_numpy(structure["W1"].dtype), ceil(N / TILE), fourier(N), eigenvalues(N)
+    z = size.dt * size.alpha * (lam[:, None] + lam)
+    Q, Qt, h = (wp.array(a, dtype=real) for a in (Q, Q.T, z / (1 - z)))
+    r, v, w = (scratch((2, N, N), real) for _ in range(3))
+    gradients = [wp.zeros((2, N, N), dtype=real) for _ in range(2)]  # on the way back they are zero again once used
+    u = [scratch((2, N, N), real, gradients[n % 2]) for n in range(saves * every)]
+    _, _, turn, scale_turn, turn_add, _ = imex_kernels(real, ceil(N / blocks))
+    kernels = *network_kernel(real), turn, scale_turn, turn_add
+    return UdeWork(kernels, (2, blocks, blocks), Q, Qt, h, u, r, v, w, scratch(1, real))
+
+
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare)},
     "imex": {"loops": Implementation(imex, imex_prepare)},
+    "ude": {"loops": Implementation(ude, ude_prepare)},
 }
