@@ -3,9 +3,9 @@
 At tiny the whole gradient is built from the statement, entry by entry, by complex step. At every other size it is the hand
 adjoint, once that has passed at tiny and agrees, at this very size, with complex step of the statement along the judge's
 directions. Where there is no hand adjoint, or a wrong one, those directions judge. Nothing is judged by itself. A continuous
-task says what the derivative of the solution is (`Task.exact`), and that judges all its ways at all sizes. Inputs and
-references are made by workers, so that a size too large for the memory ends a worker and not the run, and are kept by
-content hash in a folder that git ignores.
+task says what the derivative of the solution is (`Task.exact`), and that judges all its ways at all sizes. The strategy
+`implicit` is judged where a loop has converged (`Task.converged`). Inputs and references are made by workers, so that a size
+too large for the memory ends a worker and not the run, and are kept by content hash in a folder that git ignores.
 """
 
 import hashlib
@@ -49,6 +49,8 @@ class NoReference(Exception):
 def reference(cell: Cell) -> Reference:
     """The judge of a cell. Raises NoReference where none can be computed."""
     task, size = tasks(cell.problem)[cell.task], size_of(cell)
+    if cell.strategy == "implicit":
+        size = size._replace(**task.converged)  # type: ignore[attr-defined] - a NamedTuple
     loss_gate = task.gate if cell.dtype == "float64" else task.gate32
     gate = STRATEGIES[cell.strategy].gate or loss_gate
     if task.exact:

@@ -29,6 +29,8 @@ ODD = {
     "shallow_ice.rhs": ("N=11", "N=20,A=1e-17"),
     "shallow_ice.ude": ("N=12,years=2,spy=3", "N=17,years=1"),
     "shallow_ice.semi_implicit": ("N=11,nst=4", "N=17,nst=7,A=9e-17"),
+    "shallow_ice.halfar": ("N=7,ns=9", "N=13,ns=31"),
+    "shallow_ice.pseudo_transient": ("N=9,steps=2,tol=1e-3", "N=7,steps=2,tol=1e-7"),
     "sparse_loss.fem_matvec": ("m=7,q=3", "m=10,q=5"),
     "sparse_loss.fem_solve": ("m=7,q=3", "m=10,q=5"),
     "sparse_loss.tight_binding": ("nx=3,ny=5", "nx=2,ny=2"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from backends.numpy_backend import NumPy
-from problems import BadSize, gold, shallow_ice, structure
+from problems import BadSize, Diverged, gold, shallow_ice, structure
 from problems.shallow_ice import A_MAX, A_MIN, BOX, TASKS, TEMPERATURES, shallow_ice_numba, sia
 
 SIZES = [
@@ -15,6 +15,10 @@ SIZES = [
     ("semi_implicit", {"N": 12, "nst": 5}),
     ("semi_implicit", {"N": 7, "nst": 3, "A": 9e-17}),
     ("semi_implicit", {"N": 4, "nst": 2}),
+    ("halfar", {"N": 11, "ns": 20}),
+    ("halfar", {"N": 5, "ns": 3}),
+    ("pseudo_transient", {"N": 12, "steps": 3}),
+    ("pseudo_transient", {"N": 7, "steps": 2, "tol": 1e-7}),
 ]
 
 
@@ -89,6 +93,82 @@ def test_semi_implicit_has_the_printed_values(nst, printed, slope):
     primal, loss, gradient = run("semi_implicit", *setup("semi_implicit", N=32, nst=nst))
     assert [primal, loss] == pytest.approx([printed] * 2, rel=1e-12)
     assert gradient["lnA"] == pytest.approx(slope, rel=1e-11)
+
+
+def test_halfar_s_dome_has_the_printed_values():
+    s, R = shallow_ice.HALFAR_S, shallow_ice.HALFAR_R0 * shallow_ice.HALFAR_S ** (1 / 18)
+    assert 0.4 * shallow_ice.HALFAR_A * shallow_ice.HALFAR_RHO_G**3 == pytest.approx(2.845713606598e-5, rel=1e-12)
+    assert [shallow_ice.HALFAR_T0, s, R] == pytest.approx([422.45261107275, 60.1782352499, 941713.96439], rel=1e-11)
+    profile = shallow_ice.halfar_profile(np.array([0.0, 300e3]), s + 1e-20j * (s - 1))  # ds/dlnA = s - 1
+    assert profile.real == pytest.approx([2283.42634059, 2055.51341403], rel=1e-11)
+    assert profile[0].imag / 1e-20 == pytest.approx(-249.497994671, rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("N", "ns", "dome", "slope", "off"),
+    [(31, 160, 2283.198749, -249.690165793, 0.153), (61, 640, 2283.903477, -249.69869487, 0.048)],
+)
+def test_halfar_has_the_printed_values(N, ns, dome, slope, off):
+    """Of the field too: its derivative's distance from the exact one, over all but the margin."""
+    size, theta, data = setup("halfar", N=N, ns=ns)
+    H = shallow_ice.halfar_end({"lnA": theta["lnA"] + 1e-20j}, data, size)
+    s, r = shallow_ice.HALFAR_S, shallow_ice.halfar_radius(size)
+    exact = shallow_ice.halfar_profile(r, s + 1e-20j * (s - 1))
+    inside = r < 0.9 * shallow_ice.HALFAR_R0 * s ** (1 / 18)
+    assert error(H.imag[inside], exact.imag[inside]) == pytest.approx(off, abs=5e-4)
+    assert H[N // 2, N // 2].real == pytest.approx(dome, abs=1e-6)
+    assert H[N // 2, N // 2].imag / 1e-20 == pytest.approx(slope, rel=1e-10)
+    assert H.real.sum() == pytest.approx(data["H0"].sum(), rel=1e-13)  # nothing is lost,
+    assert abs(H.imag.sum()) < 1e-12 * np.abs(H.imag).sum()  # whatever A is
+
+
+def test_pseudo_transient_has_the_printed_values():
+    size, theta, data = setup("pseudo_transient")
+    counts = []
+    loss = shallow_ice.pseudo_transient({"lnA": theta["lnA"] + 1e-20j}, data, size, counts)
+    assert [size.N, size.steps, counts[0], counts[-1]] == [100, 10, 77, 47]
+    assert loss.real == pytest.approx(1443.44176339, rel=1e-11)
+    assert loss.imag / 1e-20 == pytest.approx(-20.3210677, rel=1e-8)
+
+
+def test_pseudo_transient_by_numba_has_the_printed_values():
+    """The derivative at a practical tolerance is 0.9 % off that of the root."""
+    for tol, printed, slope in (
+        (1e-4, 1443.44176339, -20.3210677),
+        (1e-8, 1443.39861779, -20.50476529),
+        (1e-11, 1443.39861326, -20.5048042),
+    ):
+        primal, loss, gradient = run("pseudo_transient", *setup("pseudo_transient", tol=tol))
+        assert [primal, loss] == pytest.approx([printed] * 2, rel=1e-11)
+        assert gradient["lnA"] == pytest.approx(slope, rel=2e-9)
+
+
+def test_halfar_s_derivative_tends_to_the_exact_one():
+    for N, ns, off in (61, 640, 6.5e-4), (121, 2560, 3e-4):
+        _, dome, gradient = run("halfar", *setup("halfar", N=N, ns=ns))
+        assert gradient["lnA"] / dome == pytest.approx(-0.109264744054, rel=off)
+
+
+def test_what_does_not_converge_says_so():
+    size, theta, data = setup("pseudo_transient", N=8, steps=2)
+    theta["lnA"] = np.array(10.0)  # so stiff a plate was not thought of
+    for loss in TASKS["pseudo_transient"].forms.values():
+        with pytest.raises(Diverged, match="give a larger tol"):
+            loss(theta, data, size)
+    impl = shallow_ice_numba.IMPLEMENTATION["pseudo_transient"]["loops"]
+    for call in (impl.loss, *impl.strategies.values()):
+        with pytest.raises(Diverged, match="give a larger tol"):
+            call(theta, data, size, impl.prepare(structure(theta, data), size))
+
+
+def test_sizes_of_halfar_and_pseudo_transient():
+    for name, keys, why in (
+        ("halfar", {"N": 12, "ns": 3}, "odd N, as in N=13"),
+        ("pseudo_transient", {"tol": 0}, "between 0 and 1"),
+        ("pseudo_transient", {"tol": 2}, "between 0 and 1"),
+    ):
+        with pytest.raises(BadSize, match=why):
+            TASKS[name].at(**keys)
 
 
 def test_reference_at_64():

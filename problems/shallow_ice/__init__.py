@@ -26,14 +26,37 @@ Tasks
 
            It is solved for S' - S: the same, but on the boundary it is 0, so that the matrix is symmetric, and its
            rounding is that of a change of some metres, not of a surface 3 km high.
+    halfar d(dome)/d lnA of a dome of ice that spreads on flat ground, beside the exact one: with s = t / t0,
+
+               H = HALFAR_H0 s^(-1/9) (1 - (s^(-1/18) r / HALFAR_R0)^(4/3))_+^(3/7),
+               t0 = (1/18) / Gamma (7/4)^3 HALFAR_R0^4 / HALFAR_H0^7,    Gamma = 2 A (rho g)^3 / 5
+
+           solves H_t = div(D grad H) (Halfar, JGR 88 (1983) 6043; experiment B of Bueler et al., J. Glaciol. 51 (2005)
+           291). rho = 910, A = HALFAR_A exp(lnA). From the profile at t0 it takes 25,000 years in ns steps of explicit
+           Euler, H' = max(H + dt H_t, 0), no slope capped. D is largest at first, so the times are geometric,
+           t0 s^(k / ns); they and the box, 1.2 times as wide as the dome at last, N nodes with one in its centre, come
+           from HALFAR_A and do not change with lnA. The profile at t0 is held, so d ln(dome) / d lnA = -(s - 1) / 9 s.
+    pseudo_transient
+           d(mean(T^2) / 2)/d lnA of nonlinear diffusion, the loop that stops when it has had enough (the 2D example of
+           ODINN): T_t = div(D grad T), D as above with rho g = 9 9.81, A = 1e-17 (1 + t^1.7) exp(lnA) at the step's
+           start, T = 250 exp(-((x - 50)^2 + (y - 50)^2) / 300) at t = 0, x and y = dx, 2 dx, ..., 100, dx = 100 / N.
+           A step of backward Euler, T - T0 = dt div(D grad T), is relaxed in pseudo-time, R being what is left of it:
+
+               V' = V / 10 + R,  R = div(D grad T) - (T - T0) / dt    T' = max(T + dtau V', 0)
+               dtau = 1 / (1 / dt + 4.1 (1e-4 + D) / dx^2) / 3        until max|T' - T| < tol    (V = 0 at first)
+
+           with D averaged over a node's corners. The original stops at max(T' - T) < tol, which is an error, and has
+           min(10, .) in dtau, which never binds. The derivative of this program, the trip counts held, is not that of
+           the root: of the two the strategy `implicit` gives the latter, and is judged by tol = 1e-11.
 
 What they ask of AD: the thread's hard example, where its two worlds meet. Scratch buffers and interior slices written
 in place, branches on the data and fifth powers (D spans eleven decades, A is 1e-17) in one function with a network, and
 a long loop whose every stage the reverse pass wants again. The semi-implicit step adds linear algebra: it assembles a
-matrix and factorises it, every time. The adjoint of its solve is one more solve with the same factors.
+matrix and factorises it, every time. The adjoint of its solve is one more solve with the same factors. halfar asks whether
+the derivative is that of the physics. pseudo_transient has a while loop whose trip count depends on the data.
 """
 
-from math import ceil, isqrt
+from math import ceil, isqrt, log10
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +64,7 @@ from scipy.linalg import LinAlgError, get_lapack_funcs
 from scipy.sparse import dia_array
 from scipy.sparse.linalg import splu
 
-from problems import Task, gold
+from problems import Diverged, Task, gold
 
 BOX = 12800.0  # m
 RHO_G = 900.0 * 9.81  # Pa / m
@@ -50,6 +73,14 @@ A_MIN, A_MAX = 8.5e-20, 8e-17  # 1 / (yr Pa^3)
 TEMPERATURES = (0.0, -2.0, -3.0, -5.0, -10.0, -12.0, -14.0, -15.0, -20.0)  # degrees Celsius
 LAYERS = (1, 3, 10, 3, 1)
 YEARS = 5  # of the semi-implicit task
+HALFAR_A, HALFAR_RHO_G = 1e-16, 910.0 * 9.81
+HALFAR_H0, HALFAR_R0 = 3600.0, 750e3  # m, dome and radius at t0
+HALFAR_T0 = (7 / 4) ** 3 * HALFAR_R0**4 / (18 * 0.4 * HALFAR_A * HALFAR_RHO_G**3 * HALFAR_H0**7)  # 422 years
+HALFAR_S = 1 + 25000 / HALFAR_T0
+HALFAR_L = 1.2 * HALFAR_R0 * HALFAR_S ** (1 / 18)  # m, half the box
+PLATE, PLATE_A, PLATE_RHO_G = 100.0, 1e-17, 9.0 * 9.81  # of the pseudo-transient task
+DT, DAMPING, CFL, D_MIN = 0.01, 0.1, 1 / 4.1, 1e-4
+CONVERGED = 1e-11  # the tol at which the loop's end is the root, to the gate
 
 
 class Rhs(NamedTuple):
@@ -67,6 +98,17 @@ class SemiImplicit(NamedTuple):
     N: int
     nst: int  # steps in all
     A: float = 4e-17
+
+
+class Halfar(NamedTuple):
+    N: int  # odd
+    ns: int  # steps in all
+
+
+class PseudoTransient(NamedTuple):
+    N: int = 100
+    steps: int = 10
+    tol: float = 1e-4
 
 
 def steps_a_year(size):
@@ -113,6 +155,59 @@ def semi_implicit_inputs(size):
 def semi_implicit_stats(theta, data, size):
     """Of the gradient in reverse mode, by hand or not."""
     return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst}
+
+
+def halfar_profile(r, s):
+    """Halfar's dome at the radius r, at s t0."""
+    inside = 1 - (s ** (-1 / 18) * r / HALFAR_R0) ** (4 / 3)
+    return HALFAR_H0 * s ** (-1 / 9) * np.where(inside.real > 0, inside, 0) ** (3 / 7)
+
+
+def halfar_radius(size):
+    x = np.linspace(-HALFAR_L, HALFAR_L, size.N)
+    return np.hypot(x[:, None], x)
+
+
+def halfar_inputs(size):
+    t = HALFAR_T0 * HALFAR_S ** (np.arange(size.ns + 1) / size.ns)
+    return {"lnA": np.array(0.0)}, {"H0": halfar_profile(halfar_radius(size), 1.0), "dt": np.diff(t)}
+
+
+def halfar_dx(size):
+    return 2 * HALFAR_L / (size.N - 1)
+
+
+def halfar_check(size):
+    return "" if size.N % 2 else f"N={size.N} has no node in the centre; give an odd N, as in N={size.N + 1}"
+
+
+def pseudo_transient_inputs(size):
+    x = np.arange(1, size.N + 1) * (PLATE / size.N)
+    T0 = 250 * np.exp(-((x[:, None] - 50) ** 2 + (x - 50) ** 2) / 300)
+    return {"lnA": np.array(0.0)}, {"T0": T0, "A": PLATE_A * (1 + (np.arange(size.steps) * DT) ** 1.7)}
+
+
+def pseudo_transient_check(size):
+    return "" if 0 < size.tol <= 1 else f"tol={size.tol} is not between 0 and 1; give one, as in tol=1e-4"
+
+
+def most_iterations(size):
+    """Of a step: about twice what was seen. Each decade of tol takes 4 + 19 (N / 100)^2, as stiff as the step is."""
+    return ceil((1 - log10(size.tol)) * (8 + 32 * (size.N / 100) ** 2))
+
+
+def diverged(size):
+    return Diverged(
+        f"The pseudo-transient loop did not converge in {most_iterations(size)} iterations; give a larger tol."
+    )
+
+
+def pseudo_transient_stats(theta, data, size):
+    """Of the primal."""
+    counts = []
+    theta, data = ({name: np.asarray(a) for name, a in arrays.items()} for arrays in (theta, data))
+    pseudo_transient(theta, data, size, counts)
+    return {"steps": size.steps, "iterations": sum(counts)}
 
 
 # The semi-implicit step's linear solve, for implementations: Kx (N-1, N-2) and Ky (N-2, N-1) are dt D / dx^2 on edges
@@ -171,11 +266,11 @@ def cap(e, lo, hi):
     return np.where(e.real < lo.real, lo, np.where(e.real > hi.real, hi, e))
 
 
-def diffusivity(Hc, dSx, dSy, A):
+def diffusivity(Hc, dSx, dSy, A, rho_g=RHO_G):
     """D on corners, (N-1, N-1)."""
     gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))
     Hb2 = Hb * Hb
-    return (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+    return (0.4 * rho_g**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
 
 
 def sia(H, B, A, dx):
@@ -234,10 +329,10 @@ def ude(theta, data, size):
     return loss / Href.size
 
 
-def conductance(H, B, A, dx, dt):
+def conductance(H, B, A, dx, dt, rho_g=RHO_G):
     """dt D / dx^2 on edges, (N-1, N-2) and (N-2, N-1)."""
     S = B + H
-    D = dt / dx**2 * diffusivity(H, diff_x(S) / dx, diff_y(S) / dx, A)
+    D = dt / dx**2 * diffusivity(H, diff_x(S) / dx, diff_y(S) / dx, A, rho_g)
     return avg_y(D), avg_x(D)
 
 
@@ -273,6 +368,43 @@ def semi_implicit(theta, data, size):
     return np.mean((H - H0) ** 2)
 
 
+def halfar_end(theta, data, size):
+    """(N, N)"""
+    H, A = data["H0"], HALFAR_A * np.exp(theta["lnA"])
+    for dt in data["dt"]:
+        H = H + pad(flow(*conductance(H, 0.0, A, halfar_dx(size), dt, HALFAR_RHO_G), H))
+        H = np.where(H.real > 0, H, 0)
+    return H
+
+
+def halfar(theta, data, size):
+    return halfar_end(theta, data, size)[size.N // 2, size.N // 2]
+
+
+def relax(T0, A, size, counts):
+    """T at the step's end."""
+    dx = PLATE / size.N
+    T, V = T0, 0.0
+    for k in range(most_iterations(size)):
+        Kx, Ky = conductance(T, 0.0, A, dx, 1.0, PLATE_RHO_G)
+        R = flow(Kx, Ky, T) - (T - T0)[1:-1, 1:-1] / DT
+        V = DAMPING * V + R
+        dtau = 1 / (1 / DT + (D_MIN / dx**2 + avg_x(Kx)) / CFL) / 3
+        T, last = T + pad(dtau * V), T
+        T = np.where(T.real > 0, T, 0)
+        if np.max(np.abs((T - last).real)) < size.tol:
+            counts.append(k + 1)
+            return T
+    raise diverged(size)
+
+
+def pseudo_transient(theta, data, size, counts=None):
+    T, counts = data["T0"], [] if counts is None else counts
+    for A in data["A"] * np.exp(theta["lnA"]):
+        T = relax(T, A, size, counts)
+    return np.mean(T * T) / 2
+
+
 # inplace: slices and buffers mutated
 
 
@@ -293,7 +425,7 @@ def cap_inplace(e, lo, hi):
     np.copyto(e, hi, where=e.real > hi.real)
 
 
-def diffusivity_inplace(w, H, B, A, dx):
+def diffusivity_inplace(w, H, B, A, dx, rho_g=RHO_G):
     """w.D, on the way w.Hc and the slopes w.dSx, w.dSy."""
     w.Hc[:] = 0
     np.copyto(w.Hc, H, where=H.real > 0)
@@ -317,7 +449,7 @@ def diffusivity_inplace(w, H, B, A, dx):
     np.multiply(w.Hb, w.Hb, out=w.D)
     w.D *= w.D
     w.D *= w.Hb
-    w.D *= 0.4 * RHO_G**3 * A
+    w.D *= 0.4 * rho_g**3 * A
     w.D *= w.gx
 
 
@@ -422,6 +554,68 @@ def semi_implicit_inplace(theta, data, size):
     return H.sum() / H.size
 
 
+def flow_inplace(w, H, A, dx, dt, rho_g):
+    """w.dH = dt div(D grad H), on the way w.D = dt D / 2 dx^2."""
+    diffusivity_inplace(w, H, 0.0, A, dx, rho_g)
+    w.D *= 0.5 * dt / dx**2
+    Kx, Ky, dH = w.Fx, w.Fy, w.dH[1:-1, 1:-1]
+    np.add(w.D[:, 1:], w.D[:, :-1], out=Kx)
+    np.add(w.D[1:], w.D[:-1], out=Ky)
+    Kx *= w.dSx[:, 1:-1]
+    Ky *= w.dSy[1:-1]
+    np.subtract(Kx[1:], Kx[:-1], out=dH)
+    dH += Ky[:, 1:]
+    dH -= Ky[:, :-1]
+    dH *= dx
+
+
+def halfar_inplace(theta, data, size):
+    A = HALFAR_A * np.exp(theta["lnA"])
+    w = Buffers(size.N, A.dtype)
+    H = w.H
+    H[:] = data["H0"]
+    for dt in data["dt"]:
+        flow_inplace(w, H, A, halfar_dx(size), dt, HALFAR_RHO_G)
+        H += w.dH
+        H[H.real <= 0] = 0
+    return H[size.N // 2, size.N // 2]
+
+
+def pseudo_transient_inplace(theta, data, size):
+    A, dx = data["A"] * np.exp(theta["lnA"]), PLATE / size.N
+    w = Buffers(size.N, A.dtype)
+    T, T0, dT, inside = w.H, np.empty_like(w.H), w.dH, (slice(1, -1), slice(1, -1))
+    V, dtau = np.empty_like(T[inside]), np.empty_like(T[inside])
+    T[:] = data["T0"]
+    for n in range(size.steps):
+        T0[:], V[:] = T, 0
+        for _ in range(most_iterations(size)):
+            flow_inplace(w, T, A[n], dx, 1.0, PLATE_RHO_G)
+            R = dT[inside]
+            np.subtract(T0, T, out=w.S)
+            w.S /= DT
+            R += w.S[inside]
+            V *= DAMPING
+            V += R
+            np.add(w.D[1:, 1:], w.D[1:, :-1], out=dtau)
+            dtau += w.D[:-1, 1:]
+            dtau += w.D[:-1, :-1]
+            dtau *= 0.5 / CFL
+            dtau += 1 / DT + D_MIN / dx**2 / CFL
+            np.divide(V, dtau, out=R)
+            R /= 3
+            w.S[:] = T
+            T += dT
+            T[T.real <= 0] = 0
+            w.S -= T
+            if np.abs(w.S.real).max() < size.tol:
+                break
+        else:
+            raise diverged(size)
+    T *= T
+    return T.sum() / (2 * size.N**2)
+
+
 # loops: scalar loops, mutated
 
 
@@ -429,7 +623,7 @@ def capped(e, lo, hi):
     return lo if e.real < lo.real else hi if e.real > hi.real else e
 
 
-def diffusivity_loops(S, D, H, B, A, dx):
+def diffusivity_loops(S, D, H, B, A, dx, rho_g=RHO_G):
     """D on corners, on the way S."""
     N = len(H)
     for i in range(N):
@@ -443,7 +637,7 @@ def diffusivity_loops(S, D, H, B, A, dx):
             for h in (H[i, j], H[i + 1, j], H[i, j + 1], H[i + 1, j + 1]):
                 if h.real > 0:
                     Hb += 0.25 * h
-            D[i, j] = 0.4 * RHO_G**3 * A * (Hb * Hb * Hb * Hb * Hb) * (gx * gx + gy * gy + EPS)
+            D[i, j] = 0.4 * rho_g**3 * A * (Hb * Hb * Hb * Hb * Hb) * (gx * gx + gy * gy + EPS)
 
 
 def sia_loops(dH, S, D, Fx, Fy, H, B, A, dx):
@@ -551,6 +745,61 @@ def semi_implicit_loops(theta, data, size):
     return loss / N**2
 
 
+def flow_loops(F, S, D, dx):
+    """div(D grad S) inside."""
+    N = len(S)
+    for i in range(1, N - 1):
+        for j in range(1, N - 1):
+            west, east = D[i, j - 1] + D[i - 1, j - 1], D[i, j] + D[i - 1, j]
+            north, south = D[i - 1, j - 1] + D[i - 1, j], D[i, j - 1] + D[i, j]
+            flows = south * (S[i + 1, j] - S[i, j]) - north * (S[i, j] - S[i - 1, j])
+            flows += east * (S[i, j + 1] - S[i, j]) - west * (S[i, j] - S[i, j - 1])
+            F[i, j] = flows / (2 * dx**2)
+
+
+def halfar_loops(theta, data, size):
+    A, N, B, dx = HALFAR_A * np.exp(theta["lnA"]), size.N, np.zeros((size.N, size.N)), halfar_dx(size)
+    F, S, D, _, _ = scratch(N, A.dtype)
+    H = data["H0"].astype(A.dtype)
+    for dt in data["dt"]:
+        diffusivity_loops(S, D, H, B, A, dx, HALFAR_RHO_G)
+        flow_loops(F, S, D, dx)
+        for i in range(1, N - 1):
+            for j in range(1, N - 1):
+                H[i, j] += dt * F[i, j]
+                if H[i, j].real <= 0:
+                    H[i, j] = 0
+    return H[N // 2, N // 2]
+
+
+def pseudo_transient_loops(theta, data, size):
+    A, N, B, dx = data["A"] * np.exp(theta["lnA"]), size.N, np.zeros((size.N, size.N)), PLATE / size.N
+    F, S, D, _, _ = scratch(N, A.dtype)
+    T, V, loss = data["T0"].astype(A.dtype), np.empty_like(F), 0.0
+    for n in range(size.steps):
+        T0, k, off = T.copy(), 0, size.tol
+        V[:] = 0
+        while off >= size.tol:
+            if k == most_iterations(size):
+                raise diverged(size)
+            diffusivity_loops(S, D, T, B, A[n], dx, PLATE_RHO_G)
+            flow_loops(F, S, D, dx)
+            off, k = 0.0, k + 1
+            for i in range(1, N - 1):
+                for j in range(1, N - 1):
+                    V[i, j] = DAMPING * V[i, j] + F[i, j] - (T[i, j] - T0[i, j]) / DT
+                    Db = (D[i - 1, j - 1] + D[i - 1, j] + D[i, j - 1] + D[i, j]) / 4
+                    new = T[i, j] + V[i, j] / (1 / DT + (D_MIN + Db) / dx**2 / CFL) / 3
+                    if new.real <= 0:
+                        new = 0
+                    off = max(off, abs((new - T[i, j]).real))
+                    T[i, j] = new
+    for i in range(N):
+        for j in range(N):
+            loss += T[i, j] * T[i, j]
+    return loss / (2 * N**2)
+
+
 TASKS = {
     "rhs": Task(
         size=Rhs,
@@ -579,5 +828,26 @@ TASKS = {
         gate=1e-8,
         gate32=2e-3,
         lower={"N": 4},
+    ),
+    "halfar": Task(
+        size=Halfar,
+        sizes={"tiny": Halfar(11, 20), "small": Halfar(31, 160), "large": Halfar(61, 640)},
+        inputs=halfar_inputs,
+        forms={"array": halfar, "inplace": halfar_inplace, "loops": halfar_loops},
+        gate=1e-8,
+        gate32=2e-3,
+        lower={"N": 5},
+        check=halfar_check,
+    ),
+    "pseudo_transient": Task(
+        size=PseudoTransient,
+        sizes={"tiny": PseudoTransient(12, 3), "small": PseudoTransient(50), "large": PseudoTransient(100)},
+        inputs=pseudo_transient_inputs,
+        forms={"array": pseudo_transient, "inplace": pseudo_transient_inplace, "loops": pseudo_transient_loops},
+        gate=1e-8,
+        gate32=2e-3,
+        lower={"N": 4},
+        check=pseudo_transient_check,
+        converged={"tol": CONVERGED},
     ),
 }

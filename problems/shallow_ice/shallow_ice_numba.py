@@ -20,13 +20,38 @@ from numba import njit
 
 from backends.numba_backend import LANES, by_chunks
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, LAYERS, RHO_G, YEARS, semi_implicit_stats, steps_a_year
+from problems.shallow_ice import (
+    A_MAX,
+    A_MIN,
+    BOX,
+    CFL,
+    D_MIN,
+    DAMPING,
+    DT,
+    EPS,
+    HALFAR_A,
+    HALFAR_RHO_G,
+    LAYERS,
+    PLATE,
+    PLATE_RHO_G,
+    RHO_G,
+    YEARS,
+    diverged,
+    halfar_dx,
+    most_iterations,
+    pseudo_transient_stats,
+    semi_implicit_stats,
+    steps_a_year,
+)
 
 
 def scales(size, dtype):
+    return units(BOX / size.N, RHO_G, dtype)
+
+
+def units(dx, rho_g, dtype):
     """c / A a year, and eps, of the module's docstring."""
-    dx = BOX / size.N
-    return dtype.type(0.4 * RHO_G**3 / (4**5 * 4 * dx**2 * 2 * dx**2)), dtype.type(4 * dx**2 * EPS)
+    return dtype.type(0.4 * rho_g**3 / (4**5 * 4 * dx**2 * 2 * dx**2)), dtype.type(4 * dx**2 * EPS)
 
 
 @njit(fastmath=True)
@@ -780,6 +805,398 @@ def semi_implicit_adjoint(theta, data, size, work):
     return loss, {"lnA": lnAb, "H0": cotangents.X}
 
 
+# Flat ground and no caps, of halfar and pseudo_transient: a row of nodes at a time, so that each does with it what it wants
+
+
+@njit(fastmath=True)
+def clear(a):
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            a[i, j] = 0
+
+
+@njit(fastmath=True)
+def flow_row(X, i, c, eps, Ks, Fs, f, m):
+    """H_t of the nodes (i, 0 to N-2) into f, half the sum of K over their corners into m, where one is wanted. Ks and Fs
+    hold the K and fluxes of the row before, at first zeros."""
+    zero, half = X.dtype.type(0), X.dtype.type(0.5)
+    X0, X1 = X[i], X[i + 1]
+    K, Fy, K00 = zero, zero, zero
+    for j in range(len(X) - 1):
+        h00, h01, h10, h11 = X0[j], X0[j + 1], X1[j], X1[j + 1]
+        x, y = h10 - h00, h01 - h00
+        a, b, h = x + (h11 - h01), y + (h11 - h10), (h00 + h10) + (h01 + h11)
+        h2 = h * h
+        K10, K01, K = K, Ks[j], c * (h2 * h2) * h * (a * a + b * b + eps)
+        Fx = (K10 + K) * x
+        south, Fy = Fy, (K01 + K) * y
+        f[j] = (Fx - Fs[j]) + (Fy - south)
+        if m is not None:
+            m[j] = half * ((K00 + K10) + (K01 + K))
+            K00 = K01
+        Ks[j] = K
+        Fs[j] = Fx
+
+
+@njit(fastmath=True)
+def flow_row_jvp(X, dX, i, c, eps, dlnc, Ks, dKs, dFs, df, m, dm):
+    """m of flow_row, and the tangents of f and m, dlnc that of ln c."""
+    zero, half, five = X.dtype.type(0), X.dtype.type(0.5), X.dtype.type(5)
+    X0, X1, D0, D1 = X[i], X[i + 1], dX[i], dX[i + 1]
+    K, K00, dK, dFy, dK00 = zero, zero, zero, zero, zero
+    for j in range(len(X) - 1):
+        h00, h01, h10, h11 = X0[j], X0[j + 1], X1[j], X1[j + 1]
+        d00, d01, d10, d11 = D0[j], D0[j + 1], D1[j], D1[j + 1]
+        x, y, dx, dy = h10 - h00, h01 - h00, d10 - d00, d01 - d00
+        a, b, h = x + (h11 - h01), y + (h11 - h10), (h00 + h10) + (h01 + h11)
+        da, db, dh = dx + (d11 - d01), dy + (d11 - d10), (d00 + d10) + (d01 + d11)
+        h2, g = h * h, a * a + b * b + eps
+        ch4 = c * (h2 * h2)
+        K10, K01, dK10, dK01 = K, Ks[j], dK, dKs[j]
+        K = ch4 * h * g
+        dK = ch4 * (five * g * dh + (h + h) * (a * da + b * db)) + K * dlnc
+        dFx = (dK10 + dK) * x + (K10 + K) * dx
+        south, dFy = dFy, (dK01 + dK) * y + (K01 + K) * dy
+        df[j] = (dFx - dFs[j]) + (dFy - south)
+        if m is not None:
+            m[j], dm[j] = half * ((K00 + K10) + (K01 + K)), half * ((dK00 + dK10) + (dK01 + dK))
+            K00, dK00 = K01, dK01
+        Ks[j] = K
+        dKs[j] = dK
+        dFs[j] = dFx
+
+
+@njit(fastmath=True)
+def flow_rows_vjp(X, w, m, c, eps, Xb, rest):
+    """Adds to Xb the gradient by X of <w, f> + <m, m of flow_row>; w and m are 0 on the boundary. Returns the derivative by
+    ln c. sia_vjp on flat ground, without caps."""
+    N = X.shape[0]
+    zero, half, five = X.dtype.type(0), X.dtype.type(0.5), X.dtype.type(5)
+    value = zero
+    for j in range(N):
+        rest[j] = zero
+    for i in range(N - 1):
+        X0, X1, w0, w1, Xb0 = X[i], X[i + 1], w[i], w[i + 1], Xb[i]
+        west01, west11 = zero, zero
+        for j in range(N - 1):
+            h00, h01, h10, h11 = X0[j], X0[j + 1], X1[j], X1[j + 1]
+            x0, x1, y0, y1 = h10 - h00, h11 - h01, h01 - h00, h11 - h10
+            wx0, wx1, wy0, wy1 = w0[j] - w1[j], w0[j + 1] - w1[j + 1], w0[j] - w0[j + 1], w1[j] - w1[j + 1]
+            a, b, h = x0 + x1, y0 + y1, (h00 + h10) + (h01 + h11)
+            g, h2 = a * a + b * b + eps, h * h
+            ch4 = c * (h2 * h2)
+            K = ch4 * h * g
+            Kb = (wx0 * x0 + wx1 * x1) + (wy0 * y0 + wy1 * y1)
+            if m is not None:
+                Kb += half * ((m[i, j] + m[i, j + 1]) + (m[i + 1, j] + m[i + 1, j + 1]))
+            value += Kb * K
+            Kbch4 = Kb * ch4
+            hb, t = five * g * Kbch4, (h + h) * Kbch4
+            ab, bb = t * a, t * b
+            r00 = hb - ab - bb - K * (wx0 + wy0)
+            r10 = hb + ab - bb + K * (wx0 - wy1)
+            r01 = hb - ab + bb + K * (wy0 - wx1)
+            r11 = hb + ab + bb + K * (wx1 + wy1)
+            Xb0[j] += rest[j] + r00 + west01
+            rest[j] = r10 + west11
+            west01, west11 = r01, r11
+        Xb0[N - 1] += rest[N - 1] + west01
+        rest[N - 1] = west11
+    for j in range(N):
+        Xb[N - 1, j] += rest[j]
+    return value
+
+
+# halfar
+
+
+class HalfarWork(NamedTuple):
+    c: float  # a year at lnA = 0
+    eps: float
+    X: np.ndarray  # (ns + 1, N, N): the trajectory
+    w: np.ndarray  # (2, N, N)
+    rows: np.ndarray  # (4, N)
+
+
+def halfar_prepare(structure, size):
+    N, dtype = size.N, structure["H0"].dtype
+    unit, eps = units(halfar_dx(size), HALFAR_RHO_G, dtype)
+    X, w, rows = np.empty((size.ns + 1, N, N), dtype), np.zeros((2, N, N), dtype), np.empty((4, N), dtype)
+    return HalfarWork(dtype.type(unit * HALFAR_A), eps, X, w, rows)
+
+
+@njit(fastmath=True)
+def spread(X, c, eps, out, rows):
+    """out = max(X + H_t, 0)."""
+    N, zero, Ks, Fs, f = len(X), X.dtype.type(0), rows[0], rows[1], rows[2]
+    for j in range(N):
+        Ks[j] = Fs[j] = zero
+        out[0, j], out[N - 1, j] = max(X[0, j], zero), max(X[N - 1, j], zero)
+    for i in range(N - 1):
+        flow_row(X, i, c, eps, Ks, Fs, f, None)
+        if i > 0:
+            for j in range(N - 1):
+                out[i, j] = max(X[i, j] + f[j], zero)
+            out[i, 0], out[i, N - 1] = max(X[i, 0], zero), max(X[i, N - 1], zero)  # nothing moves on the boundary
+
+
+@njit(fastmath=True)
+def spread_jvp(X, out, dX, c, eps, dlnc, dout, rows):
+    N, zero, Ks, dKs, dFs, df = len(X), X.dtype.type(0), rows[0], rows[1], rows[2], rows[3]
+    for j in range(N):
+        Ks[j] = dKs[j] = dFs[j] = zero
+        dout[0, j], dout[N - 1, j] = zero, zero
+    for i in range(N - 1):
+        flow_row_jvp(X, dX, i, c, eps, dlnc, Ks, dKs, dFs, df, None, None)
+        if i > 0:
+            for j in range(N - 1):
+                dout[i, j] = dX[i, j] + df[j] if out[i, j] > 0 else zero
+            dout[i, 0], dout[i, N - 1] = zero, zero
+
+
+@njit(fastmath=True)
+def halfar_kernel(H0, lnA, dt, c, eps, X, w, rows):
+    """X has room for all states, or for two."""
+    c, last, N = c * np.exp(lnA[()]), len(X), len(H0)
+    copy(H0, X[0])
+    for k in range(len(dt)):
+        spread(X[k % last], c * dt[k], eps, X[(k + 1) % last], rows)
+    return X[len(dt) % last, N // 2, N // 2]
+
+
+@njit(fastmath=True)
+def halfar_vjp_kernel(H0, lnA, dt, c, eps, X, w, rows):
+    """The loss and its derivative by lnA."""
+    loss = halfar_kernel(H0, lnA, dt, c, eps, X, w, rows)
+    zero, N, c, lnAb, Xb, wk = H0.dtype.type(0), len(H0), c * np.exp(lnA[()]), H0.dtype.type(0), w[0], w[1]
+    clear(Xb)
+    Xb[N // 2, N // 2] = H0.dtype.type(1)
+    for k in range(len(dt) - 1, -1, -1):
+        for i in range(1, N - 1):
+            out, Xbi, wi = X[k + 1, i], Xb[i], wk[i]
+            for j in range(1, N - 1):
+                x = Xbi[j]
+                wi[j] = x if out[j] > 0 else zero
+                Xbi[j] = wi[j]
+        lnAb += flow_rows_vjp(X[k], wk, None, c * dt[k], eps, Xb, rows[0])
+    return loss, lnAb
+
+
+@njit(fastmath=True)
+def halfar_duals_kernel(H0, lnA, dt, c, eps, X, dX, rows):
+    """The loss and its derivative by lnA: one tangent."""
+    one, N, c = H0.dtype.type(1), len(H0), c * np.exp(lnA[()])
+    copy(H0, X[0])
+    clear(dX[0])
+    for k in range(len(dt)):
+        now, then = k % 2, (k + 1) % 2
+        spread(X[now], c * dt[k], eps, X[then], rows)
+        spread_jvp(X[now], X[then], dX[now], c * dt[k], eps, one, dX[then], rows)
+    end = len(dt) % 2
+    return X[end, N // 2, N // 2], dX[end, N // 2, N // 2]
+
+
+def halfar(theta, data, size, work):
+    return halfar_kernel(data["H0"], theta["lnA"], data["dt"], work.c, work.eps, work.X[:2], work.w, work.rows)
+
+
+def halfar_adjoint(theta, data, size, work):
+    loss, lnAb = halfar_vjp_kernel(data["H0"], theta["lnA"], data["dt"], *work)
+    return loss, {"lnA": lnAb}
+
+
+def halfar_duals(theta, data, size, work):
+    loss, slope = halfar_duals_kernel(
+        data["H0"], theta["lnA"], data["dt"], work.c, work.eps, work.X[:2], work.w, work.rows
+    )
+    return loss, {"lnA": slope}
+
+
+# pseudo_transient
+
+
+class PseudoTransientWork(NamedTuple):
+    c: float  # a year and at A = 1
+    eps: float
+    numbers: np.ndarray  # 1 / dt, damping, 1 / CFL, D_MIN / dx^2, tol
+    X: np.ndarray  # (iterations + 1, N, N): T after each
+    V: np.ndarray  # (N, N)
+    w: np.ndarray  # (4, N, N)
+    rows: np.ndarray  # (6, N)
+    ends: np.ndarray  # (steps + 1): where in X each step ends
+
+
+def pseudo_transient_prepare(structure, size):
+    """X has room for as many iterations as there may be, of which fewer than half are used: memory that nobody touches."""
+    N, dtype, dx = size.N, structure["T0"].dtype, PLATE / size.N
+    numbers = np.array([1 / DT, DAMPING, 1 / CFL, D_MIN / dx**2, size.tol], dtype)
+    shapes = (size.steps * most_iterations(size) + 1, N, N), (N, N), (4, N, N), (6, N)
+    X, V, w, rows = (np.empty(shape, dtype) for shape in shapes)
+    w[:] = 0
+    return PseudoTransientWork(
+        *units(dx, PLATE_RHO_G, dtype), numbers, X, V, w, rows, np.empty(size.steps + 1, np.int64)
+    )
+
+
+@njit(fastmath=True)
+def relax(T, T0, c, eps, numbers, V, out, rows):
+    """One iteration, T to out and V in place; returns max|out - T|."""
+    N, zero, third, Ks, Fs, f, m = len(T), T.dtype.type(0), T.dtype.type(1 / 3), rows[0], rows[1], rows[2], rows[3]
+    per_dt, damping, per_cfl, m_min, off = numbers[0], numbers[1], numbers[2], numbers[3], zero
+    for j in range(N):
+        Ks[j] = Fs[j] = zero
+        out[0, j], out[N - 1, j] = max(T[0, j], zero), max(T[N - 1, j], zero)
+    for i in range(N - 1):
+        flow_row(T, i, c, eps, Ks, Fs, f, m)
+        if i > 0:
+            Ti, T0i, Vi, out0 = T[i], T0[i], V[i], out[i]
+            for j in range(1, N - 1):
+                Vi[j] = damping * Vi[j] + (f[j] - (Ti[j] - T0i[j]) * per_dt)
+                out0[j] = max(Ti[j] + Vi[j] * third / (per_dt + (m_min + m[j]) * per_cfl), zero)
+                off = max(off, abs(out0[j] - Ti[j]))
+            out0[0], out0[N - 1] = max(Ti[0], zero), max(Ti[N - 1], zero)
+    return off
+
+
+@njit(fastmath=True)
+def relax_vjp(T, out, c, eps, numbers, Tb, T0b, Vb, w, mb, rows):
+    """Tb from the cotangent of out to that of T, Vb from that of V after the iteration to that before; adds to T0b, returns
+    the derivative by ln c. V itself need not be kept: dtau V = out - T, or out is 0 and hands nothing on."""
+    N, zero, third, Ks, Fs, f, m = len(T), T.dtype.type(0), T.dtype.type(1 / 3), rows[0], rows[1], rows[2], rows[3]
+    per_dt, damping, per_cfl, m_min = numbers[0], numbers[1], numbers[2], numbers[3]
+    for j in range(N):
+        Ks[j] = Fs[j] = zero
+    for i in range(N - 1):
+        flow_row(T, i, c, eps, Ks, Fs, f, m)
+        if i > 0:
+            for j in range(1, N - 1):
+                Tbij = Tb[i, j] if out[i, j] > 0 else zero
+                rate = per_dt + (m_min + m[j]) * per_cfl  # dtau = 1 / 3 rate
+                w[i, j] = Vb[i, j] + Tbij * third / rate
+                mb[i, j] = -per_cfl * Tbij * (out[i, j] - T[i, j]) / rate
+                Vb[i, j] = damping * w[i, j]
+                T0b[i, j] += w[i, j] * per_dt
+                Tb[i, j] = Tbij - w[i, j] * per_dt
+    return flow_rows_vjp(T, w, mb, c, eps, Tb, rows[4])
+
+
+@njit(fastmath=True)
+def relax_jvp(T, dT, dT0, V, out, c, eps, dlnc, numbers, dV, dout, rows):
+    """The tangents of out and V, which are those after the iteration."""
+    N, zero, third = len(T), T.dtype.type(0), T.dtype.type(1 / 3)
+    Ks, dKs, dFs, df, m, dm = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    per_dt, damping, per_cfl, m_min = numbers[0], numbers[1], numbers[2], numbers[3]
+    for j in range(N):
+        Ks[j] = dKs[j] = dFs[j] = zero
+    for i in range(N - 1):
+        flow_row_jvp(T, dT, i, c, eps, dlnc, Ks, dKs, dFs, df, m, dm)
+        if i > 0:
+            for j in range(1, N - 1):
+                dV[i, j] = damping * dV[i, j] + (df[j] - (dT[i, j] - dT0[i, j]) * per_dt)
+                dtau = third / (per_dt + (m_min + m[j]) * per_cfl)
+                dout[i, j] = dT[i, j] + dtau * (dV[i, j] - 3 * dtau * per_cfl * dm[j] * V[i, j])
+                if out[i, j] <= 0:
+                    dout[i, j] = zero
+
+
+@njit(fastmath=True)
+def pseudo_transient_kernel(T0, lnA, A, c, eps, numbers, most, X, V, w, rows, ends):
+    """X has room for all iterations, or for two. The loss, and how many there were, 0 where a step did not end."""
+    N, zero, room, k, start = len(T0), T0.dtype.type(0), len(X), 0, w[0]
+    copy(T0, X[0])
+    ends[0] = 0
+    for n in range(len(A)):
+        cn, off = c * A[n] * np.exp(lnA[()]), numbers[4]
+        copy(X[k % room], start)
+        clear(V)
+        while off >= numbers[4]:
+            if k - ends[n] == most:
+                return zero, 0
+            off = relax(X[k % room], start, cn, eps, numbers, V, X[(k + 1) % room], rows)
+            k += 1
+        ends[n + 1] = k
+    loss, T = zero, X[k % room]
+    for i in range(N):
+        for j in range(N):
+            loss += T[i, j] * T[i, j]
+    return loss / (2 * T0.size), k
+
+
+@njit(fastmath=True)
+def pseudo_transient_vjp_kernel(T0, lnA, A, c, eps, numbers, most, X, V, w, rows, ends):
+    """The loss, its derivative by lnA, and the number of iterations."""
+    loss, iterations = pseudo_transient_kernel(T0, lnA, A, c, eps, numbers, most, X, V, w, rows, ends)
+    N, lnAb, Tb, T0b, wk, mb = len(T0), T0.dtype.type(0), w[0], w[1], w[2], w[3]
+    scale = T0.dtype.type(1 / N**2)
+    if iterations == 0:
+        return loss, lnAb, iterations
+    for i in range(N):
+        for j in range(N):
+            Tb[i, j] = scale * X[iterations, i, j]
+    for n in range(len(A) - 1, -1, -1):
+        cn = c * A[n] * np.exp(lnA[()])
+        clear(V)
+        clear(T0b)
+        for k in range(ends[n + 1] - 1, ends[n] - 1, -1):
+            lnAb += relax_vjp(X[k], X[k + 1], cn, eps, numbers, Tb, T0b, V, wk, mb, rows)
+        for i in range(1, N - 1):
+            for j in range(1, N - 1):
+                Tb[i, j] += T0b[i, j]
+    return loss, lnAb, iterations
+
+
+@njit(fastmath=True)
+def pseudo_transient_duals_kernel(T0, lnA, A, c, eps, numbers, most, X, V, w, rows, ends):
+    """As the adjoint's, by one tangent; of X three states are used."""
+    zero, one, k, loss, slope = T0.dtype.type(0), T0.dtype.type(1), 0, T0.dtype.type(0), T0.dtype.type(0)
+    start, dstart, dV = X[2], w[2], w[3]
+    copy(T0, X[0])
+    clear(w[0])
+    clear(w[1])
+    for n in range(len(A)):
+        cn, off, end = c * A[n] * np.exp(lnA[()]), numbers[4], k + most
+        copy(X[k % 2], start)
+        copy(w[k % 2], dstart)
+        clear(V)
+        clear(dV)
+        while off >= numbers[4]:
+            if k == end:
+                return zero, zero, 0
+            T, out, dT, dout = X[k % 2], X[(k + 1) % 2], w[k % 2], w[(k + 1) % 2]
+            off = relax(T, start, cn, eps, numbers, V, out, rows)
+            relax_jvp(T, dT, dstart, V, out, cn, eps, one, numbers, dV, dout, rows)
+            k += 1
+    T, dT = X[k % 2], w[k % 2]
+    for i in range(len(T)):
+        for j in range(len(T)):
+            loss += T[i, j] * T[i, j]
+            slope += T[i, j] * dT[i, j]
+    return loss / (2 * T0.size), slope / T0.size, k
+
+
+def pseudo_transient_run(kernel, theta, data, size, work, room):
+    c, eps, numbers, X, *others = work
+    arguments = data["T0"], theta["lnA"], data["A"], c, eps, numbers, most_iterations(size), X[:room], *others
+    *found, iterations = kernel(*arguments)
+    if not iterations:
+        raise diverged(size)
+    return *found, iterations
+
+
+def pseudo_transient(theta, data, size, work):
+    return pseudo_transient_run(pseudo_transient_kernel, theta, data, size, work, 2)[0]
+
+
+def pseudo_transient_adjoint(theta, data, size, work):
+    loss, lnAb, _ = pseudo_transient_run(pseudo_transient_vjp_kernel, theta, data, size, work, None)
+    return loss, {"lnA": lnAb}
+
+
+def pseudo_transient_duals(theta, data, size, work):
+    loss, slope, _ = pseudo_transient_run(pseudo_transient_duals_kernel, theta, data, size, work, 3)
+    return loss, {"lnA": slope}
+
+
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
     "ude": {"loops": Implementation(ude, ude_prepare, strategies={"adjoint": ude_adjoint, "duals": ude_duals})},
@@ -789,6 +1206,17 @@ IMPLEMENTATION = {
             semi_implicit_prepare,
             stats=semi_implicit_stats,
             strategies={"adjoint": semi_implicit_adjoint},
+        ),
+    },
+    "halfar": {
+        "loops": Implementation(halfar, halfar_prepare, strategies={"adjoint": halfar_adjoint, "duals": halfar_duals}),
+    },
+    "pseudo_transient": {
+        "loops": Implementation(
+            pseudo_transient,
+            pseudo_transient_prepare,
+            stats=pseudo_transient_stats,
+            strategies={"adjoint": pseudo_transient_adjoint, "duals": pseudo_transient_duals},
         ),
     },
 }
