@@ -3,21 +3,39 @@
 The semi-implicit step's solve is LAPACK's banded Cholesky on the host, with a rule over the solve alone: the jvp is one
 more solve with the same factor, lax.custom_linear_solve, which JAX transposes for reverse mode; the strategy custom_rule
 has the reverse rule itself, as one custom_vjp.
+
+The loop of pseudo_transient is a lax.while_loop, which has a forward and no reverse mode. For reverse mode it is a scan as
+long as the loop may be, which does nothing once it has converged; the strategy custom_rule gives the while loop a tape.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.sparse.linalg import bicgstab
 
 from problems import Implementation
 from problems.shallow_ice import (
     A_MAX,
     A_MIN,
     BOX,
+    CFL,
+    CONVERGED,
+    D_MIN,
+    DAMPING,
+    DT,
     EPS,
+    HALFAR_A,
+    HALFAR_RHO_G,
+    PLATE,
+    PLATE_RHO_G,
     RHO_G,
     YEARS,
     cholesky,
+    halfar_dx,
+    most_iterations,
+    pseudo_transient_stats,
     semi_implicit_stats,
     steps_a_year,
     substitute,
@@ -44,10 +62,10 @@ def cap(e, lo, hi):
     return jnp.where(e < lo, lo, jnp.where(e > hi, hi, e))  # jnp.clip halves the derivative at a tie
 
 
-def diffusivity(Hc, dSx, dSy, A):
+def diffusivity(Hc, dSx, dSy, A, rho_g=RHO_G):
     """D on corners, (N-1, N-1)."""
     gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))
-    return (0.4 * RHO_G**3) * A * Hb**5 * (gx * gx + gy * gy + EPS)
+    return (0.4 * rho_g**3) * A * Hb**5 * (gx * gx + gy * gy + EPS)
 
 
 def sia(H, B, A, dx):
@@ -135,10 +153,10 @@ def ude_checkpoint(theta, data, size):
     return ude(theta, data, size, remat=jax.checkpoint)
 
 
-def conductance(H, B, A, dx, dt):
+def conductance(H, B, A, dx, dt, rho_g=RHO_G):
     """dt D / dx^2 on edges, (N-1, N-2) and (N-2, N-1)."""
     S = B + H
-    D = dt / dx**2 * diffusivity(H, diff_x(S) / dx, diff_y(S) / dx, A)
+    D = dt / dx**2 * diffusivity(H, diff_x(S) / dx, diff_y(S) / dx, A, rho_g)
     return avg_y(D), avg_x(D)
 
 
@@ -237,6 +255,158 @@ def semi_implicit_prepare(structure, size):
     return {}
 
 
+def halfar(theta, data, size, remat=lambda f: f):
+    A, dx = HALFAR_A * jnp.exp(theta["lnA"]), halfar_dx(size)
+
+    @remat
+    def step(H, dt):
+        H = H + pad(flow(*conductance(H, 0.0, A, dx, dt, HALFAR_RHO_G), H))
+        return jnp.where(H > 0, H, 0), None
+
+    H, _ = jax.lax.scan(step, data["H0"], data["dt"])
+    return H[size.N // 2, size.N // 2]
+
+
+def halfar_checkpoint(theta, data, size):
+    """Keeps the state of every step."""
+    return halfar(theta, data, size, remat=jax.checkpoint)
+
+
+def iteration(T, V, T0, A, dx):
+    Kx, Ky = conductance(T, 0.0, A, dx, 1.0, PLATE_RHO_G)
+    V = DAMPING * V + (flow(Kx, Ky, T) - (T - T0)[1:-1, 1:-1] / DT)
+    T = T + pad(V / (1 / DT + (D_MIN / dx**2 + avg_x(Kx)) / CFL) / 3)
+    return jnp.where(T > 0, T, 0), V
+
+
+def change(T, last):
+    return jnp.max(jnp.abs(jax.lax.stop_gradient(T - last)))
+
+
+def relax(T0, A, size):
+    """T at the step's end, NaN if it takes too many iterations."""
+
+    def iterate(carry):
+        last, V, _, k = carry
+        T, V = iteration(last, V, T0, A, PLATE / size.N)
+        return T, V, change(T, last), k + 1
+
+    start = T0, jnp.zeros_like(T0[1:-1, 1:-1]), jnp.full_like(A, jnp.inf), 0
+    T, _, off, _ = jax.lax.while_loop(lambda c: (c[2] >= size.tol) & (c[3] < most_iterations(size)), iterate, start)
+    return jnp.where(off < size.tol, T, jnp.nan)
+
+
+def relax_bounded(T0, A, size):
+    """The same, of fixed length, because reverse mode needs one. An iteration keeps T and V only."""
+
+    @jax.checkpoint
+    def once(T, V):
+        return iteration(T, V, T0, A, PLATE / size.N)
+
+    def iterate(carry, _):
+        def go(carry):
+            T, V = once(*carry[:2])
+            return T, V, change(T, carry[0])
+
+        return jax.lax.cond(carry[2] >= size.tol, go, lambda carry: carry, carry), None
+
+    start = T0, jnp.zeros_like(T0[1:-1, 1:-1]), jnp.full_like(A, jnp.inf)
+    (T, _, off), _ = jax.lax.scan(iterate, start, length=most_iterations(size))
+    return jnp.where(off < size.tol, T, jnp.nan)
+
+
+def relax_taped(T0, A, size):
+    """The while loop with a tape of its own: a rule over the loop, not over what is in it. The way back runs it once more
+    and writes down T and V, then goes back as many iterations as there were."""
+
+    @jax.custom_vjp
+    def end(T0, A):
+        return relax(T0, A, size)
+
+    def forward(T0, A):
+        return end(T0, A), (T0, A)
+
+    def backward(kept, Tb):
+        T0, A = kept
+        once = partial(iteration, dx=PLATE / size.N)
+        start = T0, jnp.zeros_like(T0[1:-1, 1:-1])
+        tape = tuple(jnp.zeros((most_iterations(size), *a.shape), a.dtype) for a in start)
+
+        def record(carry):
+            last, V, _, k, Ts, Vs = carry
+            T, V_next = once(last, V, T0, A)
+            return T, V_next, change(T, last), k + 1, Ts.at[k].set(last), Vs.at[k].set(V)
+
+        def more(carry):
+            return (carry[2] >= size.tol) & (carry[3] < most_iterations(size))
+
+        *_, k, Ts, Vs = jax.lax.while_loop(more, record, (*start, jnp.full_like(A, jnp.inf), 0, *tape))
+
+        def back(carry):
+            k, Tb, Vb, T0b, Ab = carry
+            _, pull = jax.vjp(once, Ts[k - 1], Vs[k - 1], T0, A)
+            Tb, Vb, dT0, dA = pull((Tb, Vb))
+            return k - 1, Tb, Vb, T0b + dT0, Ab + dA
+
+        zeros = jnp.zeros_like(start[1]), jnp.zeros_like(T0), jnp.zeros_like(A)
+        _, Tb, _, T0b, Ab = jax.lax.while_loop(lambda c: c[0] > 0, back, (k, Tb, *zeros))
+        return Tb + T0b, Ab
+
+    end.defvjp(forward, backward)
+    return end(T0, A)
+
+
+def root(T0, A, size):
+    """Where the loop would end at last, differentiated by the implicit function theorem: nothing of the loop is kept, and
+    its derivative is one linear solve, without a matrix. The transpose of bicgstab itself, and so of lax.custom_root with it,
+    asks to open an issue: it must be told again that it is a linear solve."""
+    size = size._replace(tol=CONVERGED)
+
+    def residual(T, T0, A):
+        """Where the loop cuts T off at 0, T is 0."""
+        F = flow(*conductance(T, 0.0, A, PLATE / size.N, DT, PLATE_RHO_G), T)
+        return jnp.where(T > 0, T - T0 - pad(F), T)
+
+    @jax.custom_jvp
+    def end(T0, A):
+        return relax(T0, A, size)
+
+    @end.defjvp
+    def end_jvp(primals, tangents):
+        T = end(*primals)
+        _, db = jax.jvp(lambda *at: residual(T, *at), primals, tangents)
+        _, J = jax.linearize(lambda T: residual(T, *primals), T)
+        solve = lambda J, b: bicgstab(J, b, tol=1e-12)[0]  # noqa: E731
+        return T, -jax.lax.custom_linear_solve(J, db, solve, solve)
+
+    return end(T0, A)
+
+
+def pseudo_transient(theta, data, size, relax=relax):
+    def step(T, A):
+        return relax(T, A, size), None
+
+    T, _ = jax.lax.scan(step, data["T0"], data["A"] * jnp.exp(theta["lnA"]))
+    return jnp.mean(T * T) / 2
+
+
+def pseudo_transient_reverse(theta, data, size):
+    return pseudo_transient(theta, data, size, relax_bounded)
+
+
+def pseudo_transient_checkpoint(theta, data, size):
+    """Keeps the state of every step."""
+    return pseudo_transient(theta, data, size, jax.checkpoint(relax_bounded, static_argnums=2))
+
+
+def pseudo_transient_rule(theta, data, size):
+    return pseudo_transient(theta, data, size, relax_taped)
+
+
+def pseudo_transient_root(theta, data, size):
+    return pseudo_transient(theta, data, size, root)
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "loops": Implementation(rhs_loops)},
     "ude": {"array": Implementation(ude, strategies={"checkpoint": ude_checkpoint})},
@@ -246,6 +416,19 @@ IMPLEMENTATION = {
             semi_implicit_prepare,
             stats=semi_implicit_stats,
             strategies={"checkpoint": semi_implicit_checkpoint, "custom_rule": semi_implicit_rule},
+        ),
+    },
+    "halfar": {"array": Implementation(halfar, strategies={"checkpoint": halfar_checkpoint})},
+    "pseudo_transient": {
+        "array": Implementation(
+            pseudo_transient,
+            stats=pseudo_transient_stats,
+            strategies={
+                "reverse": pseudo_transient_reverse,
+                "checkpoint": pseudo_transient_checkpoint,
+                "custom_rule": pseudo_transient_rule,
+                "implicit": pseudo_transient_root,
+            },
         ),
     },
 }
