@@ -2,6 +2,8 @@
 
 PyTorch has no sparse solve on the CPU, so the semi-implicit step's, LAPACK's banded Cholesky, sits in an autograd.Function:
 a rule over the solve alone, which keeps the factor for the adjoint.
+
+The loop of pseudo_transient is Python's, and the tape as long as it ran.
 """
 
 from functools import partial
@@ -10,15 +12,28 @@ import torch
 from torch.nn.functional import pad, softplus
 
 from backends.torch_backend import checkpointed, compiled
-from problems import Implementation
+from problems import Diverged, Implementation
 from problems.shallow_ice import (
     A_MAX,
     A_MIN,
     BOX,
+    CFL,
+    CONVERGED,
+    D_MIN,
+    DAMPING,
+    DT,
     EPS,
+    HALFAR_A,
+    HALFAR_RHO_G,
+    PLATE,
+    PLATE_RHO_G,
     RHO_G,
     YEARS,
     cholesky,
+    diverged,
+    halfar_dx,
+    most_iterations,
+    pseudo_transient_stats,
     semi_implicit_stats,
     steps_a_year,
     substitute,
@@ -37,11 +52,11 @@ def cap(e, lo, hi):
     return torch.where(e < lo, lo, torch.where(e > hi, hi, e))  # torch.clamp halves the derivative at a tie
 
 
-def diffusivity(Hc, dSx, dSy, A):
+def diffusivity(Hc, dSx, dSy, A, rho_g=RHO_G):
     """D on corners, (N-1, N-1)."""
     gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))
     Hb2 = Hb * Hb  # Hb**5 costs 1.2 times the whole
-    return (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+    return (0.4 * rho_g**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
 
 
 def sia(H, B, A, dx):
@@ -165,10 +180,10 @@ def ude_inplace_compile(theta, data, size):
     return ude(theta, data, size, partial(step_inplace, sia=compiled(sia_inplace)))
 
 
-def conductance(H, B, A, dx, dt):
+def conductance(H, B, A, dx, dt, rho_g=RHO_G):
     """dt D / dx^2 on edges, (N-1, N-2) and (N-2, N-1)."""
     S = B + H
-    D = dt / dx**2 * diffusivity(H, S.diff(dim=-2) / dx, S.diff(dim=-1) / dx, A)
+    D = dt / dx**2 * diffusivity(H, S.diff(dim=-2) / dx, S.diff(dim=-1) / dx, A, rho_g)
     return avg_y(D), avg_x(D)
 
 
@@ -258,6 +273,113 @@ def semi_implicit_compile(theta, data, size):
     return semi_implicit(theta, data, size, partial(implicit_step, conductance=compiled(conductance)))
 
 
+def spread(H, A, dx, dt, conductance=conductance):
+    H = H + pad(flow(*conductance(H, 0.0, A, dx, dt, HALFAR_RHO_G), H), (1, 1, 1, 1))
+    return torch.where(H > 0, H, 0.0)
+
+
+def halfar(theta, data, size, step=spread):
+    H, A = data["H0"], HALFAR_A * torch.exp(theta["lnA"])
+    for dt in data["dt"]:
+        H = step(H, A, halfar_dx(size), dt)
+    return H[size.N // 2, size.N // 2]
+
+
+def halfar_checkpoint(theta, data, size):
+    """A state a step."""
+    return halfar(theta, data, size, checkpointed(spread))
+
+
+def halfar_compile(theta, data, size):
+    """Its diffusivity is compiled: a whole step takes over a minute to compile."""
+    return halfar(theta, data, size, partial(spread, conductance=compiled(conductance)))
+
+
+def iteration(T, V, T0, A, dx, conductance=conductance):
+    Kx, Ky = conductance(T, 0.0, A, dx, 1.0, PLATE_RHO_G)
+    V = DAMPING * V + (flow(Kx, Ky, T) - (T - T0)[..., 1:-1, 1:-1] / DT)
+    dtau = 1 / (1 / DT + (D_MIN / dx**2 + avg_x(Kx)) / CFL) / 3
+    T = T + pad(dtau * V, (1, 1, 1, 1))
+    return torch.where(T > 0, T, 0.0), V
+
+
+def relax(T0, A, size, iteration=iteration):
+    """T at the step's end."""
+    T, V = T0, torch.zeros_like(T0[..., 1:-1, 1:-1])
+    for _ in range(most_iterations(size)):
+        last, (T, V) = T, iteration(T, V, T0, A, PLATE / size.N)
+        if (T - last).abs().max() < size.tol:
+            return T
+    raise diverged(size)
+
+
+class Root(torch.autograd.Function):
+    """Where the loop would end at last, by the implicit function theorem: nothing of the loop is kept. Its linear solve is
+    BiCGStab on products with the transposed Jacobian, (I - dt J)^T, which come from the tape of one residual."""
+
+    @staticmethod
+    def forward(ctx, T0, A, size):
+        T = relax(T0, A, size._replace(tol=CONVERGED))
+        ctx.save_for_backward(T, T0, A)
+        ctx.dx = PLATE / size.N
+        return T
+
+    @staticmethod
+    def backward(ctx, Tb):
+        at = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            T, T0, A = at
+            F = flow(*conductance(T, 0.0, A, ctx.dx, DT, PLATE_RHO_G), T)
+            r = torch.where(T > 0, T - T0 - pad(F, (1, 1, 1, 1)), T)  # where the loop cuts T off at 0, T is 0
+
+        def transposed(lam):
+            return torch.autograd.grad(r, T, lam, retain_graph=True)[0]
+
+        lam = bicgstab(transposed, Tb)
+        T0b, Ab = torch.autograd.grad(r, (T0, A), -lam)
+        return T0b, Ab, None
+
+
+def bicgstab(J, b, tolerance=1e-12, most=1000):
+    """van der Vorst, SIAM J. Sci. Stat. Comput. 13 (1992) 631."""
+    x, r, rho = torch.zeros_like(b), b, torch.sum(b * b)
+    p, enough = r, tolerance * b.norm()
+    for _ in range(most):
+        if r.norm() <= enough:
+            return x
+        Jp = J(p)
+        alpha = rho / torch.sum(b * Jp)
+        s = r - alpha * Jp
+        Js = J(s)
+        omega = torch.sum(Js * s) / torch.sum(Js * Js)
+        x, r = x + alpha * p + omega * s, s - omega * Js
+        rho, last = torch.sum(b * r), rho
+        p = r + rho / last * alpha / omega * (p - omega * Jp)
+    raise Diverged(f"BiCGStab did not converge in {most} iterations.")
+
+
+def pseudo_transient(theta, data, size, relax=relax):
+    T = data["T0"]
+    for A in data["A"] * torch.exp(theta["lnA"]):
+        T = relax(T, A, size)
+    return torch.mean(T * T) / 2
+
+
+def pseudo_transient_checkpoint(theta, data, size):
+    """A state a step, and while a step is gone through again, of every iteration."""
+    return pseudo_transient(theta, data, size, checkpointed(partial(relax, iteration=checkpointed(iteration))))
+
+
+def pseudo_transient_root(theta, data, size):
+    return pseudo_transient(theta, data, size, Root.apply)
+
+
+def pseudo_transient_compile(theta, data, size):
+    """As of halfar; the loop and its end are Python's."""
+    once = partial(iteration, conductance=compiled(conductance))
+    return pseudo_transient(theta, data, size, partial(relax, iteration=once))
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
     "ude": {
@@ -271,6 +393,20 @@ IMPLEMENTATION = {
             semi_implicit,
             stats=semi_implicit_stats,
             strategies={"checkpoint": semi_implicit_checkpoint, "compile": semi_implicit_compile},
+        ),
+    },
+    "halfar": {
+        "array": Implementation(halfar, strategies={"checkpoint": halfar_checkpoint, "compile": halfar_compile})
+    },
+    "pseudo_transient": {
+        "array": Implementation(
+            pseudo_transient,
+            stats=pseudo_transient_stats,
+            strategies={
+                "checkpoint": pseudo_transient_checkpoint,
+                "compile": pseudo_transient_compile,
+                "implicit": pseudo_transient_root,
+            },
         ),
     },
 }
