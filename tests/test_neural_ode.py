@@ -5,8 +5,8 @@ import pytest
 from numpy.linalg import norm
 
 from backends.numpy_backend import NumPy
-from problems import gold, neural_ode, structure
-from problems.neural_ode import TASKS, Rhs, Rk4
+from problems import BadSize, gold, neural_ode, structure
+from problems.neural_ode import TASKS, Ode, Rhs, Rk4
 from problems.neural_ode.neural_ode_numba import IMPLEMENTATION, tanh
 
 
@@ -74,6 +74,55 @@ def test_continuous_values(continuous):
         assert np.allclose(blocks["W1"][0], (-133.571226794, -0.497346510506), rtol=rtol * 10, atol=0)
     assert np.isclose(loss, 390.0307093599, rtol=1e-11)
     assert np.isclose(norm(continuous), 1522.547001547, rtol=0, atol=1e-9)
+
+
+def test_ode_reference(continuous):
+    """The adjoint equation against the catalogue's variational equations, and against the discrete adjoint of tiny steps."""
+    loss, gradient = neural_ode.exact(*TASKS["ode"].inputs(Ode(50)), Ode(50))
+    assert loss == pytest.approx(390.0307093599, abs=1e-10)
+    assert norm(flat(gradient)) == pytest.approx(1522.547001547, abs=1e-9)
+    norms = [norm(block) for block in gradient.values()]
+    assert norms == pytest.approx((1153.84578065, 61.0964610978, 976.244215997, 173.215875628), rel=1e-11)
+    assert gradient["b2"] == pytest.approx((163.344050419, 57.6407907849), rel=1e-11)
+    assert gradient["W1"][0] == pytest.approx((-133.571226794, -0.497346510506), rel=1e-11)
+    assert norm(flat(gradient) - continuous) <= 1e-12 * norm(continuous)
+
+
+@pytest.mark.parametrize("size", [Ode(7, 1e-10, 1e-10, 3), Ode(1, 1e-10, 1e-12)])
+def test_ode_exact_against_the_variational_equations(size):
+    """Two equations, each block, away from the start."""
+    theta, data = moved("ode", size)
+    loss, exact = neural_ode.exact(theta, data, size)
+    value, tangents = NumPy("cpu").complex_step(lambda th, da: neural_ode.ode(th, da, size))(theta, data)
+    assert value == pytest.approx(loss, rel=1e-9)
+    for name in exact:
+        assert norm(tangents[name] - exact[name]) <= 1e-8 * norm(exact[name]), name
+
+
+def test_the_pair():
+    """Its order conditions: of the weights to order 4, of the interpolation to order 3 inside the step; its ends fit."""
+    A, error, P = neural_ode.dopri5()
+    c, b = A.sum(1), A[6]
+    assert np.allclose(c, [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1], atol=1e-14) and np.allclose(P.sum(1), b, atol=1e-14)
+    assert np.allclose(P[:, 0], np.eye(7)[0], atol=1e-14)  # the slope at the start
+    assert np.allclose(P @ [1, 2, 3, 4], np.eye(7)[6], atol=1e-13)  # and at the end
+    for weights, x in ((b, 1), (b - error, 1), (P @ 0.3 ** np.arange(1, 5), 0.3)):
+        found = weights.sum(), weights @ c, weights @ c**2, weights @ A @ c, weights @ c**3, weights @ A @ c**2
+        assert np.allclose(found, [x, x**2 / 2, x**3 / 3, x**3 / 6, x**4 / 4, x**4 / 12], atol=1e-13)
+    assert np.isclose(b @ c**4, 1 / 5, atol=1e-14) and not np.isclose((b - error) @ c**4, 1 / 5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"H": 0}, "the least H is 1"),
+        ({"rtol": 1e-15}, "rtol=1e-15 is below what rounding allows; give rtol of at least 1e-13"),
+        ({"atol": 0}, "atol=0.0 is not positive; give atol above 0"),
+    ],
+)
+def test_bad_sizes_of_ode(keys, words):
+    with pytest.raises(BadSize, match=words):
+        TASKS["ode"].at(**keys)
 
 
 @pytest.mark.parametrize("m, error", [(1, 2.7e-7), (2, 1.7e-8), (10, 2.8e-11)])

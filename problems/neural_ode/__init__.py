@@ -11,21 +11,30 @@ Tasks
     rhs    f at u = (2, 0), loss = <v, f> with v = (1, -0.5): one vjp of the network.
     rk4    L = sum over batch, save times (t = 0 too) and components of (u_k(t_i) - data_i)^2; the classical Runge-Kutta
            method with m steps between save times, dt = 1.5 / 29 / m. The gradient is that of the discrete program.
+    ode    the same loss of the solution itself. The solver chooses its steps, to rtol and atol, and interpolates to the save
+           times (here SciPy's DOP853). How it steps is its own: so a gradient is judged by the derivative of the solution,
+           not of a program, and its error is a result. `exact` has it by the adjoint equation, l' = -f'(u)^T l, to which
+           each save time adds 2 (u - data), and dL/dp is the integral of <l, df/dp>. The complex step of the statement is
+           the other way: the variational equations.
 
 What they ask of AD: small dense layers and nothing mutated, what functional array AD was built for. With H = 50, b = 1
 a layer is 100 multiplications, so the cost of a dispatched operation is the measure; with large H b it is tanh, whose
-derivative 1 - tanh^2 a good reverse pass gets from the stored value. The time loop is sequential and short.
+derivative 1 - tanh^2 a good reverse pass gets from the stored value. The time loop is sequential and short. ode asks what
+to differentiate: the steps that a solver took, or the equation that it solved; and its loop ends when the error says so,
+which reverse mode must store, bound or run backwards.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.integrate import solve_ivp
+from scipy.integrate import RK45, solve_ivp
 
-from problems import Task, gold
+from problems import Diverged, Task, gold
 
 T, SAVES = 1.5, 30
 A = np.array([[-0.1, 2.0], [-2.0, -0.1]])
+MOST_STEPS = 100_000
+SHORTEST = 1e-12  # of its steps
 
 
 class Rhs(NamedTuple):
@@ -35,6 +44,13 @@ class Rhs(NamedTuple):
 class Rk4(NamedTuple):
     H: int = 50
     m: int = 1
+    b: int = 1
+
+
+class Ode(NamedTuple):
+    H: int = 50
+    rtol: float = 1e-9
+    atol: float = 1e-9
     b: int = 1
 
 
@@ -61,6 +77,35 @@ def rhs_inputs(size):
 def rk4_inputs(size):
     u0 = np.array([2.0, 0.0]) + gold(2 * size.b, 7).reshape(size.b, 2) * (np.arange(size.b) > 0)[:, None]
     return weights(size.H), {"u0": u0, "target": truth()}
+
+
+def ode_check(size):
+    if size.rtol < 1e-13:
+        return f"rtol={size.rtol} is below what rounding allows; give rtol of at least 1e-13"
+    if size.atol <= 0:
+        return f"atol={size.atol} is not positive; give atol above 0"
+    return ""
+
+
+class Pair(NamedTuple):
+    """An explicit Runge-Kutta pair whose last stage is the first of the next step, and what interpolates in a step."""
+
+    A: np.ndarray  # (7, 7) below the diagonal; the last row is the weights of order 5
+    error: np.ndarray  # (7) them less the weights of order 4
+    P: np.ndarray  # (7, 4) the stages' weights at a part x of the step, in x, ..., x^4
+
+
+def dopri5():
+    """Dormand and Prince's (J. Comp. Appl. Math. 6 (1980) 19), as SciPy has it, with Shampine's interpolation of order 4 (Math.
+    Comp. 46 (1986) 135); by it the implementations that have no solver of their own take the steps of ode."""
+    A = np.zeros((7, 7))
+    A[:6, :5], A[6, :6] = RK45.A, RK45.B
+    return Pair(A, -RK45.E, RK45.P)
+
+
+def first_step(size):
+    """Of dopri5, before it knows an error."""
+    return T * (size.rtol + size.atol) ** 0.2
 
 
 # array: whole arrays, functional
@@ -92,6 +137,72 @@ def rk4(theta, data, size):
             u = step(u, dt, theta)
         loss = loss + np.sum((u - target[i]) ** 2)
     return loss
+
+
+def ode_states(theta, data, size):
+    """u at all save times, (30, b, 2). Of complex theta the imaginary part, over its scale h, is integrated beside the real one,
+    to the same tolerances: the variational equations, with no subtraction in them."""
+    u0 = data["u0"]
+    h = max(np.max(np.abs(np.imag(block))) for block in theta.values())
+
+    def slope(t, y):
+        if h == 0:
+            return f(y.reshape(u0.shape), **theta).ravel()
+        u, du = y.reshape(2, *u0.shape)
+        k = f(u + 1j * h * du, **theta)
+        return np.concatenate([k.real.ravel(), k.imag.ravel() / h])
+
+    y0 = u0.ravel() if h == 0 else np.append(u0, np.zeros_like(u0))
+    t = np.linspace(0, T, SAVES)
+    solution = solve_ivp(slope, (0, T), y0, "DOP853", t, rtol=size.rtol, atol=size.atol)
+    if not solution.success:
+        raise too_small()
+    y = solution.y.T.reshape(SAVES, -1, *u0.shape)  # with the imaginary part, where there is one
+    return y[:, 0] if h == 0 else y[:, 0] + 1j * h * y[:, 1]
+
+
+def too_small():
+    return Diverged("The solver's step became too small for the tolerance; give a larger rtol or atol.")
+
+
+def endless():
+    return Diverged(f"The solver did not get there in {MOST_STEPS} steps; give a larger rtol or atol.")
+
+
+def ode(theta, data, size):
+    return np.sum((ode_states(theta, data, size) - data["target"][:, None]) ** 2)
+
+
+def exact(theta, data, size, rtol=1e-13, atol=1e-14):
+    """The loss of the solution itself and its gradient, by the adjoint equation, with a stop at every save time."""
+    W1, b1, W2, b2 = theta.values()
+    u0, target, t = data["u0"], data["target"], np.linspace(0, T, SAVES)
+    names = {"method": "DOP853", "rtol": rtol, "atol": atol}
+
+    def forward(t, u):
+        return f(u.reshape(u0.shape), W1, b1, W2, b2).ravel()
+
+    def back(t, y, solution):
+        l, u = y[: u0.size].reshape(u0.shape), solution(t).reshape(u0.shape)
+        c = u**3
+        z = np.tanh(c @ W1.T + b1)
+        ab = (l @ W2) * (1 - z * z)
+        ub = 3 * u * u * (ab @ W1)
+        return -np.concatenate([part.ravel() for part in (ub, ab.T @ c, ab.sum(0), l.T @ z, l.sum(0))])
+
+    pieces, u = [], [u0]
+    for i in range(1, SAVES):
+        solution = solve_ivp(forward, (t[i - 1], t[i]), u[-1].ravel(), dense_output=True, **names)
+        pieces.append(solution.sol)
+        u.append(solution.y[:, -1].reshape(u0.shape))
+    y = np.zeros(u0.size + sum(block.size for block in theta.values()))
+    for i in range(SAVES - 1, 0, -1):
+        y[: u0.size] += 2 * (u[i] - target[i]).ravel()
+        y = solve_ivp(back, (t[i], t[i - 1]), y, args=(pieces[i - 1],), **names).y[:, -1]
+    blocks = np.split(y[u0.size :], np.cumsum([block.size for block in theta.values()])[:-1])
+    return np.sum((np.stack(u) - target[:, None]) ** 2), {
+        name: part.reshape(theta[name].shape) for name, part in zip(theta, blocks, strict=True)
+    }
 
 
 # inplace: slices and buffers mutated
@@ -205,5 +316,24 @@ TASKS = {
         gate32=8e-6,
         axis="H",
         sweep=({"H": 1}, {"H": 2}, {"H": 4}, {"H": 20}, {"H": 100}),
+    ),
+    "ode": Task(
+        size=Ode,
+        sizes={"tiny": Ode(4, rtol=1e-6, atol=1e-6), "small": Ode(50), "large": Ode(256)},
+        inputs=rk4_inputs,
+        forms={"array": ode},
+        exact=exact,
+        reference="continuous",
+        gate=0.1,
+        gate32=0.1,
+        check=ode_check,
+        axis="H",
+        sweep=(
+            {"H": 1},
+            {"H": 10},
+            {"rtol": 1e-4, "atol": 1e-4},
+            {"rtol": 1e-6, "atol": 1e-6},
+            {"rtol": 1e-11, "atol": 1e-11},
+        ),
     ),
 }
