@@ -4,7 +4,7 @@ from backends import Backend
 
 
 class Jax(Backend):
-    requires = ("jax", "jaxlib", "numpy", "scipy")
+    requires = ("jax", "jaxlib", "diffrax", "equinox", "lineax", "optimistix", "numpy", "scipy")
     devices = ("cpu", "cuda")
     all_cores = True
     namespace = {"numpy": "jax.numpy", "scipy.fft": "jax.numpy.fft"}

@@ -22,7 +22,7 @@ def compiled(part):
 
 
 class Torch(Backend):
-    requires = ("torch", "numpy", "scipy")
+    requires = ("torch", "torchdiffeq", "numpy", "scipy")
     devices = ("cpu", "cuda")
     all_cores = True
     namespace = {"numpy": "torch", "scipy.fft": "torch.fft"}
