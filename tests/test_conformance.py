@@ -26,7 +26,7 @@ ODD = {
     "brusselator.ode": ("N=5,T=1.2,save=0.4,spread=0.3,k0=5", "N=3,T=0.6,save=0.2,alpha=0.1,A=2.9,B=1.3"),
     "neural_ode.rhs": ("H=7", "H=1"),
     "neural_ode.rk4": ("H=13,m=3,b=3", "H=6,b=2"),
-    "neural_ode.ode": ("H=7,rtol=1e-5,atol=1e-7,b=3", "H=13,b=2"),
+    "neural_ode.ode": ("H=7,rtol=1e-5,atol=1e-7,b=3", "H=6,b=2"),
     "shallow_ice.rhs": ("N=11", "N=20,A=1e-17"),
     "shallow_ice.ude": ("N=12,years=2,spy=3", "N=17,years=1"),
     "shallow_ice.semi_implicit": ("N=11,nst=4", "N=17,nst=7,A=9e-17"),

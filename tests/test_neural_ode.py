@@ -5,8 +5,8 @@ import pytest
 from numpy.linalg import norm
 
 from backends.numpy_backend import NumPy
-from problems import BadSize, gold, neural_ode, structure
-from problems.neural_ode import TASKS, Ode, Rhs, Rk4
+from problems import BadSize, Diverged, gold, neural_ode, structure
+from problems.neural_ode import TASKS, Ode, Rhs, Rk4, neural_ode_numba
 from problems.neural_ode.neural_ode_numba import IMPLEMENTATION, tanh
 
 
@@ -97,6 +97,68 @@ def test_ode_exact_against_the_variational_equations(size):
     assert value == pytest.approx(loss, rel=1e-9)
     for name in exact:
         assert norm(tangents[name] - exact[name]) <= 1e-8 * norm(exact[name]), name
+
+
+def along_steps(theta, data, dts):
+    """The loss of one trajectory by steps of these lengths, in NumPy, for complex step."""
+    A, _, P = neural_ode.dopri5()
+    u, t, loss = data["u0"][0], 0.0, np.sum((data["u0"][0] - data["target"][0]) ** 2)
+    times, i = np.linspace(0, neural_ode.T, neural_ode.SAVES), 1
+    for dt in dts:
+        k = np.zeros((7, 2), complex)
+        for s in range(7):
+            stage = u + dt * A[s] @ k
+            k[s] = neural_ode.f(stage, **theta)
+        while i < len(times) and times[i] <= t + dt + 1e-9:
+            x = ((times[i] - t) / dt) ** np.arange(1, 5)
+            loss += np.sum((u + dt * (P @ x) @ k - data["target"][i]) ** 2)
+            i += 1
+        u, t = stage, t + dt
+    assert i == len(times)
+    return loss
+
+
+@pytest.mark.parametrize("size", [Ode(7, 1e-4, 1e-4), Ode(8, 1e-9, 1e-9), Ode(3, 1e-12, 1e-12)])
+def test_ode_adjoint_is_that_of_the_steps(size):
+    """To rounding; and of the solution to what interpolation of order 4 leaves of the tolerance."""
+    theta, data = moved("ode", size)
+    implementation = IMPLEMENTATION["ode"]["loops"]
+    work = implementation.prepare(structure(theta, data), size)
+    loss, gradient = implementation.strategies["adjoint"](theta, data, size, work)
+    dts = work.kept[2][: implementation.stats(theta, data, size)["steps"], 0]
+    value, exact = NumPy("cpu").complex_step(lambda th, da: along_steps(th, da, dts))(theta, data)
+    assert loss == pytest.approx(value, rel=1e-13) and implementation.loss(theta, data, size, work) == loss
+    solution = neural_ode.exact(theta, data, size)[1]
+    for name in exact:
+        assert norm(gradient[name] - exact[name]) <= 1e-12 * norm(exact[name]), name
+        assert norm(gradient[name] - solution[name]) <= 10 * size.rtol**0.8 * norm(exact[name]), name
+
+
+def test_what_ode_counts():
+    """Fewer steps for less, all members' together; each stage but the first is one right-hand side."""
+    stats = IMPLEMENTATION["ode"]["loops"].stats
+    coarse, fine, three = (stats(*moved("ode", size), size) for size in (Ode(8, 1e-4), Ode(8), Ode(8, b=3)))
+    assert coarse["steps"] < fine["steps"] < three["steps"]
+    for found, members in ((coarse, 1), (fine, 1), (three, 3)):
+        assert found["rhs_calls"] == 6 * (found["steps"] + found["rejected"]) + members
+
+
+def test_what_ode_cannot_solve(monkeypatch):
+    theta, data = moved("ode", Ode(8))
+    nowhere = theta | {"b2": np.array([np.nan, 0.0])}
+    implementation = IMPLEMENTATION["ode"]["loops"]
+    for loss in (implementation.loss, implementation.strategies["adjoint"]):
+        work = implementation.prepare(structure(theta, data), Ode(8))
+        with pytest.raises(Diverged, match="step became too small for the tolerance; give a larger rtol"):
+            loss(nowhere, data, Ode(8), work)
+    work = implementation.prepare(structure(theta, data), Ode(8))
+    work.kept[:] = neural_ode_numba.room(2, 8, np.dtype(float))
+    with monkeypatch.context() as patch:
+        patch.setattr(neural_ode_numba, "MOST_STEPS", 2)
+        with pytest.raises(Diverged, match="did not get there in 100000 steps; give a larger rtol"):
+            implementation.loss(theta, data, Ode(8), work)
+    loss = implementation.loss(theta, data, Ode(8), work)  # makes room
+    assert len(work.kept[2]) == 8 and loss == pytest.approx(neural_ode.exact(theta, data, Ode(8))[0], rel=1e-7)
 
 
 def test_the_pair():

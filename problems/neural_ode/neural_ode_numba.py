@@ -2,7 +2,8 @@
 
 Members of the batch do not know of each other, so one after the other runs forward and back, and what it stores stays
 in the cache. A loop over hidden units does the whole network, or its vjp, in one pass. The forward sweep stores tanh a,
-so the reverse sweep computes none: with z = tanh a, ab = (W2^T fb) (1 - z^2).
+so the reverse sweep computes none: with z = tanh a, ab = (W2^T fb) (1 - z^2). That of ode takes the steps that the
+forward sweep took, and does not differentiate how they were chosen.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from backends.numba_backend import LANES, by_chunks
-from problems import Implementation
-from problems.neural_ode import SAVES, T
+from problems import Implementation, structure
+from problems.neural_ode import MOST_STEPS, SAVES, SHORTEST, T, dopri5, endless, first_step, too_small
 
 PAD = 8  # hidden units are padded to a multiple of this, with weights 0
 
@@ -192,12 +193,12 @@ def rk4_duals(theta, data, size, work):
     return by_chunks(theta, dual)
 
 
-# rk4
+# rk4 and ode
 
 
 @cache
-def kernels(H, tanh):
-    """The loss and the gradient, compiled for one H as XLA compiles for one shape.
+def network(H, tanh):
+    """f and its vjp, compiled for one H as XLA compiles for one shape, and the weights packed into one array W (5 H).
 
     With H known LLVM sees that the rows of one array do not overlap; checking that took a third of a stage, 40 ns.
     """
@@ -221,6 +222,29 @@ def kernels(H, tanh):
             c0b += ab * W[j]
             c1b += ab * W[H + j]
         return c0b, c1b
+
+    @njit(fastmath=True, error_model="numpy")
+    def pack(W1, b1, W2, W):
+        for j in range(b1.size):
+            W[j], W[H + j], W[2 * H + j] = W1[j, 0], W1[j, 1], b1[j]
+            W[3 * H + j], W[4 * H + j] = W2[0, j], W2[1, j]
+
+    @njit(fastmath=True, error_model="numpy")
+    def unpack(Wb, W1b, b1b, W2b):
+        for j in range(b1b.size):
+            W1b[j, 0], W1b[j, 1], b1b[j] = Wb[j], Wb[H + j], Wb[2 * H + j]
+            W2b[0, j], W2b[1, j] = Wb[3 * H + j], Wb[4 * H + j]
+
+    return f, vjp, pack, unpack
+
+
+# rk4
+
+
+@cache
+def kernels(H, tanh):
+    """The loss and the gradient for one H."""
+    f, vjp, pack, unpack = network(H, tanh)
 
     @njit(fastmath=True, error_model="numpy")
     def add(fb, c, W, z, Wb):
@@ -292,18 +316,6 @@ def kernels(H, tanh):
                 add(fb, c[n : n + 4], W, z[n : n + 4], Wb)
 
     @njit(fastmath=True, error_model="numpy")
-    def pack(W1, b1, W2, W):
-        for j in range(b1.size):
-            W[j], W[H + j], W[2 * H + j] = W1[j, 0], W1[j, 1], b1[j]
-            W[3 * H + j], W[4 * H + j] = W2[0, j], W2[1, j]
-
-    @njit(fastmath=True, error_model="numpy")
-    def unpack(Wb, W1b, b1b, W2b):
-        for j in range(b1b.size):
-            W1b[j, 0], W1b[j, 1], b1b[j] = Wb[j], Wb[H + j], Wb[2 * H + j]
-            W2b[0, j], W2b[1, j] = Wb[3 * H + j], Wb[4 * H + j]
-
-    @njit(fastmath=True, error_model="numpy")
     def loss(W1, b1, W2, b2, start, target, m, dt, W, u, c, z):
         pack(W1, b1, W2, W)
         total = 0 * b2[0]
@@ -366,7 +378,244 @@ def prepare_rk4(structure, size):
     )
 
 
+# ode: dopri5, and the adjoint of the steps that it took, their lengths held fixed. Stage s of step n is stage 6 n + s of the
+# whole course, because the last of a step is the first of the next; a step that is refused is written over.
+
+FULL, TOO_SMALL = -1, -2  # where the count of steps would be
+
+
+@cache
+def ode_kernels(H, tanh):
+    """The loss and the gradient for one H. Each array costs a call 0.1 us, so what is kept comes in few."""
+    f, vjp, pack, _ = network(H, tanh)
+    A, P, times = np.zeros((8, 8)), np.zeros((8, 4)), np.linspace(0, T, SAVES)
+    A[:7, :7], A[7, :7], P[:7] = dopri5()  # eight in a row are one register, so loops over fewer run to eight
+    AT, PT = A.T.copy(), P.T.copy()
+
+    @njit(fastmath={"contract", "reassoc", "arcp", "nsz"}, error_model="numpy")
+    def forward(start, target, first, rtol, atol, W, b2, k, y, u, z, steps, saves, counts):
+        """The loss of one member; counts gets its steps, or what went wrong, and adds up all those refused.
+
+        Of a stage: u and c = u^3 side by side (4). Of a step: its length and the first save time after it (2). Of a save
+        time: the stages' weights that interpolate u in its step, and the misfit u - data (10). k (2, 8): the slopes of a step;
+        y (2, 8): their sums, each one stage's, at last the error's.
+        """
+        t, h, i, n = 0.0, first, 1, 0
+        counts[0] = 0
+        u0, u1 = start[0] + 0 * b2[0], start[1] + 0 * b2[1]
+        saves[0, 8], saves[0, 9] = u0 - target[0, 0], u1 - target[0, 1]
+        loss = saves[0, 8] ** 2 + saves[0, 9] ** 2
+        u[0, 0], u[0, 1], u[0, 2], u[0, 3] = u0, u1, u0 * u0 * u0, u1 * u1 * u1
+        k0, k1 = f(u[0, 2], u[0, 3], W, z[0])
+        k[0, 0], k[1, 0] = k0 + b2[0], k1 + b2[1]
+        while i < SAVES:
+            if n == len(steps):
+                counts[0] = FULL
+                return loss
+            if h < SHORTEST:
+                counts[0] = TOO_SMALL
+                return loss
+            dt = min(h, T - t)
+            m = 6 * n
+            u0, u1 = u[m, 0], u[m, 1]
+            for r in range(8):
+                y[0, r], y[1, r] = AT[0, r] * k[0, 0], AT[0, r] * k[1, 0]
+            for s in range(1, 7):
+                x0, x1 = u0 + dt * y[0, s], u1 + dt * y[1, s]
+                m += 1
+                u[m, 0], u[m, 1], u[m, 2], u[m, 3] = x0, x1, x0 * x0 * x0, x1 * x1 * x1
+                k0, k1 = f(u[m, 2], u[m, 3], W, z[m])
+                k0 += b2[0]
+                k1 += b2[1]
+                k[0, s], k[1, s] = k0, k1
+                for r in range(8):
+                    y[0, r] += AT[s, r] * k0
+                    y[1, r] += AT[s, r] * k1
+            e0 = dt * y[0, 7] / (atol + rtol * max(abs(u0), abs(u[m, 0])))
+            e1 = dt * y[1, 7] / (atol + rtol * max(abs(u1), abs(u[m, 1])))
+            off = np.sqrt((e0 * e0 + e1 * e1) / 2)
+            if off <= 1:
+                end = T if h >= T - t else t + dt
+                while i < SAVES and times[i] <= end:
+                    x = (times[i] - t) / dt
+                    v0, v1 = u0 - target[i, 0], u1 - target[i, 1]
+                    for j in range(8):
+                        w = dt * x * (PT[0, j] + x * (PT[1, j] + x * (PT[2, j] + x * PT[3, j])))
+                        saves[i, j] = w
+                        v0 += w * k[0, j]
+                        v1 += w * k[1, j]
+                    saves[i, 8], saves[i, 9] = v0, v1
+                    loss += v0 * v0 + v1 * v1
+                    i += 1
+                steps[n, 0], steps[n, 1] = dt, i
+                n += 1
+                t = end
+                k[0, 0], k[1, 0] = k[0, 6], k[1, 6]
+            else:
+                counts[1] += 1
+            h = dt * min(10.0, 0.9 * max(off, 1e-6) ** -0.2) if off < 1e3 else 0.2 * dt
+        counts[0] = n
+        counts[2] += n
+        return loss
+
+    @njit(fastmath=True, error_model="numpy")
+    def add(fb, u, W, z, Wb):
+        """Adds the cotangent of the weights for three of f, so that Wb is read and written twice a step."""
+        p0, p1, p2, q0, q1, q2 = fb[0, 0], fb[0, 1], fb[0, 2], fb[1, 0], fb[1, 1], fb[1, 2]
+        c0, c1, c2, d0, d1, d2 = u[0, 2], u[1, 2], u[2, 2], u[0, 3], u[1, 3], u[2, 3]
+        for j in range(H):
+            z0, z1, z2 = z[0, j], z[1, j], z[2, j]
+            v, w = W[3 * H + j], W[4 * H + j]
+            a0 = (v * p0 + w * q0) * (1 - z0 * z0)
+            a1 = (v * p1 + w * q1) * (1 - z1 * z1)
+            a2 = (v * p2 + w * q2) * (1 - z2 * z2)
+            Wb[j] += a0 * c0 + a1 * c1 + a2 * c2
+            Wb[H + j] += a0 * d0 + a1 * d1 + a2 * d2
+            Wb[2 * H + j] += a0 + a1 + a2
+            Wb[3 * H + j] += p0 * z0 + p1 * z1 + p2 * z2
+            Wb[4 * H + j] += q0 * z0 + q1 * z1 + q2 * z2
+
+    @njit(fastmath=True, error_model="numpy")
+    def backward(last, W, fb, u, z, steps, saves, Wb, b2b):
+        """fb (2, 8): the cotangents of the slopes of a step."""
+        u0b = u1b = 0.0
+        fb[:] = 0
+        for n in range(last - 1, -1, -1):
+            f0b, f1b = fb[0, 0], fb[1, 0]  # what the step after this gave its first stage
+            fb[:] = 0
+            fb[0, 6], fb[1, 6] = f0b, f1b
+            g0 = g1 = 0.0
+            for i in range(int(steps[n - 1, 1]) if n > 0 else 1, int(steps[n, 1])):
+                v0, v1 = 2 * saves[i, 8], 2 * saves[i, 9]
+                g0 += v0
+                g1 += v1
+                for j in range(8):
+                    fb[0, j] += saves[i, j] * v0
+                    fb[1, j] += saves[i, j] * v1
+            for s in range(6, 0, -1):
+                m = 6 * n + s
+                f0b, f1b = fb[0, s], fb[1, s]
+                c0b, c1b = vjp(f0b, f1b, W, z[m])
+                x0b, x1b = 3 * u[m, 0] * u[m, 0] * c0b, 3 * u[m, 1] * u[m, 1] * c1b
+                b2b[0] += f0b
+                b2b[1] += f1b
+                if s == 6:  # which stands at the step's end
+                    x0b += u0b
+                    x1b += u1b
+                    u0b, u1b = g0, g1
+                u0b += x0b
+                u1b += x1b
+                x0b *= steps[n, 0]
+                x1b *= steps[n, 0]
+                for j in range(8):
+                    fb[0, j] += A[s, j] * x0b
+                    fb[1, j] += A[s, j] * x1b
+            for s in (1, 4):
+                m = 6 * n + s
+                add(fb[:, s : s + 3], u[m : m + 3], W, z[m : m + 3], Wb)
+        b2b[0] += fb[0, 0]
+        b2b[1] += fb[1, 0]
+        fb[:, 1:] = 0
+        add(fb[:, :3], u[:3], W, z[:3], Wb)
+
+    @njit(error_model="numpy")
+    def loss(W1, b1, W2, b2, start, target, first, rtol, atol, W, slopes, u, z, steps, saves, counts):
+        pack(W1, b1, W2, W[0])
+        counts[:] = 0
+        total = 0 * b2[0]
+        for n in range(start.shape[0]):
+            total += forward(
+                start[n], target, first, rtol, atol, W[0], b2, slopes[0], slopes[1], u, z, steps, saves, counts
+            )
+            if counts[0] < 0:
+                break
+        return total
+
+    @njit(error_model="numpy")
+    def gradient(W1, b1, W2, b2, start, target, first, rtol, atol, W, slopes, u, z, steps, saves, counts, out):
+        pack(W1, b1, W2, W[0])
+        counts[:] = 0
+        out[:] = 0
+        W[1] = 0
+        total, h, Wb = 0.0, b1.size, W[1]
+        for n in range(start.shape[0]):
+            total += forward(
+                start[n], target, first, rtol, atol, W[0], b2, slopes[0], slopes[1], u, z, steps, saves, counts
+            )
+            if counts[0] < 0:
+                break
+            backward(counts[0], W[0], slopes[2], u, z, steps, saves, Wb, out[5 * h :])
+        for j in range(h):
+            out[2 * j], out[2 * j + 1], out[2 * h + j] = Wb[j], Wb[H + j], Wb[2 * H + j]
+            out[3 * h + j], out[4 * h + j] = Wb[3 * H + j], Wb[4 * H + j]
+        return total
+
+    return loss, gradient
+
+
+class Course(NamedTuple):
+    loss: Callable
+    gradient: Callable
+    given: tuple  # first step, rtol, atol
+    W: np.ndarray  # (2, 5H) the weights and their cotangents
+    slopes: np.ndarray  # (3, 2, 8) of a step, their sums, their cotangents
+    kept: list  # of all stages, steps and save times, as many as were needed so far
+    out: np.ndarray  # (5H + 2)
+    blocks: dict  # its parts
+
+
+def prepare_ode(structure, size):
+    dtype, H = structure["W1"].dtype, -(-size.H // PAD) * PAD
+    out, ends = np.empty(5 * size.H + 2, dtype), np.array([2, 3, 5]) * size.H
+    parts = zip(("W1", "b1", "W2", "b2"), np.split(out, ends), strict=True)
+    return Course(
+        *ode_kernels(H, tanh),
+        given=(first_step(size), size.rtol, size.atol),
+        W=aligned((2, 5 * H), dtype),
+        slopes=aligned((3, 2, 8), dtype),
+        kept=room(32, H, dtype),
+        out=out,
+        blocks={name: part.reshape(structure[name].shape) for name, part in parts},
+    )
+
+
+def room(steps, H, dtype):
+    n = 6 * steps + 1
+    return [np.empty((n, 4), dtype), aligned((n, H), dtype), np.empty((steps, 2)), np.empty((SAVES, 10), dtype)]
+
+
+def course(kernel, theta, data, work, *out):
+    """The loss, and the steps of all members: those taken, those refused."""
+    weights, counts = (theta["W1"], theta["b1"], theta["W2"], theta["b2"]), np.empty(3, int)
+    while True:
+        inputs = *weights, data["u0"], data["target"], *work.given
+        loss = kernel(*inputs, work.W, work.slopes, *work.kept, counts, *out)
+        steps = len(work.kept[2])
+        if counts[0] != FULL or steps >= MOST_STEPS:
+            break
+        work.kept[:] = room(min(4 * steps, MOST_STEPS), work.W.shape[1] // 5, work.W.dtype)
+    if counts[0] < 0:
+        raise {FULL: endless, TOO_SMALL: too_small}[counts[0]]()
+    return loss, counts[2], counts[1]
+
+
+def ode(theta, data, size, work):
+    return course(work.loss, theta, data, work)[0]
+
+
+def ode_adjoint(theta, data, size, work):
+    return course(work.gradient, theta, data, work, work.out)[0], work.blocks
+
+
+def ode_stats(theta, data, size):
+    """Of the primal, over all members; the adjoint has a vjp for each right-hand side of the steps that were taken."""
+    work = prepare_ode(structure(theta, data), size)
+    _, steps, rejected = course(work.loss, theta, data, work)
+    return {"steps": steps, "rejected": rejected, "rhs_calls": 6 * (steps + rejected) + size.b}
+
+
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, prepare_rhs, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
     "rk4": {"loops": Implementation(rk4, prepare_rk4, strategies={"adjoint": rk4_adjoint, "duals": rk4_duals})},
+    "ode": {"loops": Implementation(ode, prepare_ode, ode_stats, strategies={"adjoint": ode_adjoint})},
 }
