@@ -60,9 +60,8 @@ class Task:
     asks: str = "gradient"  # or jvp, hvp, jacobian
     reference: str = "discrete"  # or continuous: never both in one table
     exact: Callable | None = None  # of a continuous task
-    converged: Mapping[str, float] = field(
-        default_factory=dict
-    )  # where a loop's end is the root: `implicit` is judged there
+    # the size's keys where a loop ends at its root, by which `implicit` is judged
+    converged: Mapping[str, float] = field(default_factory=dict)
 
     def at(self, /, **keys: str | float) -> Any:
         """The size with these keys. Raises BadSize with one sentence: unknown key, missing key, not a number, too small."""

@@ -176,7 +176,7 @@ def imex_prepare(structure, size):
 @cache
 def network_kernel(real):
     field, fields, number = wp.array2d(dtype=real), wp.array3d(dtype=real), wp.array(dtype=real)
-    hidden, A, B, one = wp.constant(HIDDEN), real(A_UDE), real(B_UDE), real(1.0)
+    hidden, A, B = wp.constant(HIDDEN), real(A_UDE), real(B_UDE)
 
     @wp.kernel
     def react(
