@@ -179,9 +179,7 @@ def network_kernel(real):
     hidden, A, B = wp.constant(HIDDEN), real(A_UDE), real(B_UDE)
 
     @wp.kernel
-    def react(
-        u: fields, W1: field, b1: number, W2: number, b2: number, disc: field, force: real, dt: real, r: fields
-    ):
+    def react(u: fields, W1: field, b1: number, W2: number, b2: number, disc: field, force: real, dt: real, r: fields):
         """As for imex, with the network for U^2 V."""
         i, j = wp.tid()
         U, V = u[0, i, j], u[1, i, j]
