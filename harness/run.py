@@ -83,10 +83,11 @@ def _taken(cell: Cell, ways: str) -> bool:
 
 
 def _sweep(pattern: str) -> Iterable[Cell]:
-    """The sizes that a task names for its figure of time against size."""
+    """The sizes that a task names for its figures of time against size and against error."""
     for cell in cells(pattern + "@small"):
         if cell.strategy not in APPROXIMATE_OR_SLOW:
-            for size in tasks(cell.problem)[cell.task].sweep:
+            task = tasks(cell.problem)[cell.task]
+            for size in (*task.sweep, *task.tolerances):
                 yield replace(cell, size=",".join(f"{k}={v}" for k, v in size.items()))
 
 

@@ -36,6 +36,16 @@ class Diverged(ArithmeticError):
     """A solver did not get there: one sentence, with what to give instead. Its cell has the status `diverged`."""
 
 
+class Published(NamedTuple):
+    """What others printed of the same problem, to stand beside what is measured here."""
+
+    source: str  # where, and on which machine
+    keys: Mapping[str, float]  # of the sizes that stand beside it, but for the axis
+    seconds: Mapping[str, Mapping[float, float]]  # method -> place on the axis -> seconds a gradient
+    error: Mapping[str, float]  # method -> relative error over all entries, at the largest place
+    differs: str  # what is not the same, as a sentence
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to differentiate.
@@ -60,6 +70,8 @@ class Task:
     asks: str = "gradient"  # or jvp, hvp, jacobian
     reference: str = "discrete"  # or continuous: never both in one table
     exact: Callable | None = None  # of a continuous task
+    tolerances: tuple[dict[str, float], ...] = ()  # sizes of the full preset, for the figure of time against error
+    published: Published | None = None
     # the size's keys where a loop ends at its root, by which `implicit` is judged
     converged: Mapping[str, float] = field(default_factory=dict)
 

@@ -114,31 +114,16 @@ def scaling(rows: pd.DataFrame, rates: dict[str, Rate]) -> tuple[str, list[str]]
     others, named = other_keys(ok), ok["size"].isin(cells.SIZES)
     on_curve = named | others.isin(others[named] if named.any() else others[:1])
     off, ok = sorted(ok.loc[~on_curve]["size"].unique()), ok.loc[on_curve]
-    palette = dict(zip(sorted({*cells.backends(), *rows.backend}), COLOURS * 9, strict=False))
+    palette = _palette(rows)
     last = ok.sort_values("axis_value").groupby("way").tail(1).sort_values("derivative_median_s")
     where = ok.drop_duplicates("axis_value").set_index("axis_value").sort_index()["size"]
     high = max(3.2, 0.19 * (len(last) + 1))
 
     def draw(fig: Figure) -> None:
         ax = fig.add_axes((0.7 / 7.6, 0.5 / (high + 0.9), 4.5 / 7.6, high / (high + 0.9)))
-        ax.set(xscale="log", yscale="log", xlabel=axis)
+        looks = _curves(ax, ok.sort_values("axis_value").drop_duplicates(["way", "axis_value"]), "axis_value", palette)
+        ax.set(xlabel=axis)
         ax.set_title(f"{rows.task.iloc[0]}: time of the derivative, median and quartiles", loc="left", size=9, pad=12)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, which="major", color=FAINT, alpha=0.3, lw=0.5)
-        looks = {}
-        for way, points in ok.groupby("way"):
-            points = points.sort_values("axis_value").drop_duplicates("axis_value")
-            r = points.iloc[0]
-            by_hand = r.strategy == "adjoint"
-            k = list(STRATEGIES).index(r.strategy) if r.strategy in STRATEGIES else -1
-            colour = INK if by_hand else palette[r.backend]
-            looks[way] = {"color": colour, "marker": MARKERS[k], "markersize": 6, "lw": 2.6 if by_hand else 1.4}
-            looks[way] |= {
-                "linestyle": "-" if by_hand else LINES[(k - 1) % len(LINES)],
-                "markerfacecolor": PAPER if "." in r.way else colour,
-            }
-            ax.plot(points.axis_value, points.derivative_median_s, **looks[way], zorder=5 if by_hand else 3)
-            ax.vlines(points.axis_value, points.derivative_q1_s, points.derivative_q3_s, color=colour, lw=3, alpha=0.35)
         floor = [(x, rates[size].seconds) for x, size in where.items() if size in rates]
         if floor:
             ax.plot(*zip(*floor, strict=True), color=FAINT, lw=1.2, linestyle="--", marker="_", markersize=12)
@@ -146,13 +131,64 @@ def scaling(rows: pd.DataFrame, rates: dict[str, Rate]) -> tuple[str, list[str]]
         ax.set(xlim=(low, up), ylim=ax.get_ylim())
         ax.xaxis.set_major_locator(FixedLocator([float(x) for x in where.index]))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: re.sub(r"\.0+ ", " ", seconds(y))))
         ax.xaxis.set_minor_locator(NullLocator())
         ends = [(x, y, way) for x, y, way in zip(last.axis_value, last.derivative_median_s, last.way, strict=True)]
         ends += [(*floor[-1], "bandwidth floor")] if floor else []
         _labels(ax, ends, looks, 0.18 / high)
 
     return _svg((7.6, high + 0.9), draw), off
+
+
+def work_precision(rows: pd.DataFrame) -> str:
+    """Derivative against error of one continuous task in one setting, a curve a way over at least three tolerances of the
+    problem that has most of them; nothing where there are fewer."""
+    ok = rows.loc[(rows.status == "ok") & rows.error.gt(0)].assign(
+        rtol=rows.size_keys.str.extract(r"(?:^|,)rtol=([^,]*)", expand=False).astype(float),
+        problem=rows.size_keys.str.replace(r"(^|,)[ra]tol=[^,]*", "", regex=True),
+    )
+    asked = ok.groupby("problem").rtol.nunique()
+    if asked.max() is pd.NA or not asked.max() >= 3:
+        return ""
+    ok = ok.loc[ok.problem == asked.idxmax()].sort_values("rtol").drop_duplicates(["way", "rtol"])
+    last = ok.groupby("way").tail(1).sort_values("derivative_median_s")
+    high = max(3.2, 0.19 * (len(last) + 1))
+
+    def draw(fig: Figure) -> None:
+        ax = fig.add_axes((0.7 / 7.6, 0.5 / (high + 0.9), 4.5 / 7.6, high / (high + 0.9)))
+        looks = _curves(ax, ok, "error", _palette(rows))
+        ax.set(xlabel="error of the worst block")
+        at = asked.idxmax().replace("=", " = ").replace(",", ", ")
+        ax.set_title(f"{rows.task.iloc[0]}, {at}: time of the derivative", loc="left", size=9, pad=12)
+        ends = zip(last.error, last.derivative_median_s, last.way, strict=True)
+        _labels(ax, list(ends), looks, 0.18 / high)
+
+    return _svg((7.6, high + 0.9), draw)
+
+
+def _palette(rows: pd.DataFrame) -> dict[str, str]:
+    return dict(zip(sorted({*cells.backends(), *rows.backend}), COLOURS * 9, strict=False))
+
+
+def _curves(ax: Axes, ok: pd.DataFrame, x: str, palette: dict[str, str]) -> dict[str, dict]:
+    """One line a way, its points in their order, and way -> how it looks; both axes logarithmic."""
+    ax.set(xscale="log", yscale="log")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, which="major", color=FAINT, alpha=0.3, lw=0.5)
+    looks = {}
+    for way, points in ok.groupby("way"):
+        r = points.iloc[0]
+        by_hand = r.strategy == "adjoint"
+        k = list(STRATEGIES).index(r.strategy) if r.strategy in STRATEGIES else -1
+        colour = INK if by_hand else palette[r.backend]
+        looks[way] = {"color": colour, "marker": MARKERS[k], "markersize": 6, "lw": 2.6 if by_hand else 1.4}
+        looks[way] |= {
+            "linestyle": "-" if by_hand else LINES[(k - 1) % len(LINES)],
+            "markerfacecolor": PAPER if "." in r.way else colour,
+        }
+        ax.plot(points[x], points.derivative_median_s, **looks[way], zorder=5 if by_hand else 3)
+        ax.vlines(points[x], points.derivative_q1_s, points.derivative_q3_s, color=colour, lw=3, alpha=0.35)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: re.sub(r"\.0+ ", " ", seconds(y))))
+    return looks
 
 
 def _labels(ax: Axes, ends: list[tuple[float, float, str]], looks: dict, gap: float) -> None:

@@ -32,7 +32,8 @@ class Picture:
 class TaskPart:
     name: str
     about: str
-    figure: Picture | None
+    figures: list[Picture]
+    headline: tables.Headline | None
     tables: list[tables.Table]
 
 
@@ -65,7 +66,7 @@ class Page:
     def pictures(self) -> Iterator[Picture]:
         for section in self.sections:
             yield from section.matrices
-            yield from (part.figure for part in section.tasks if part.figure)
+            yield from (picture for part in section.tasks for picture in part.figures)
 
 
 def build(runs: list[Run], rows: pd.DataFrame) -> Page:
@@ -163,11 +164,20 @@ def _task(name: str, part: pd.DataFrame, rates: dict[tuple[str, str], tables.Rat
     if off:
         caption += f" Sizes that differ in more than {part.axis.iloc[0]} are in the tables only: {'; '.join(off)}."
     alt = f"Derivative time of {name} against size, one line a way; the tables below hold the same numbers."
+    pictures = [Picture(f"{name}{mark}", svg, alt, caption)] if svg else []
+    if drawn := figures.work_precision(part):
+        caption = (
+            f"Time of the derivative of {name} against its error, a tolerance a point: further left is more exact."
+        )
+        alt = f"Derivative time of {name} against error, one line a way; the tables below hold the same numbers."
+        pictures.append(Picture(f"{name}{mark}-tolerances", drawn, alt, caption))
+    task = tables.known(*name.split(".", 1))
     at = [part.loc[part["size"] == size] for size in tables.sizes(part)]
     return TaskPart(
         name,
         _about(str(part.problem.iloc[0])),
-        Picture(f"{name}{mark}", svg, alt, caption) if svg else None,
+        pictures,
+        tables.headline(part, task.published) if task and task.published else None,
         [tables.table(p, own.get(str(p["size"].iloc[0]))) for p in at],
     )
 

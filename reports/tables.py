@@ -12,7 +12,7 @@ import pandas as pd
 from harness import ROOT, UserError, cells
 from harness.ledger import AsIs, CellRecord, Floor, Run, Status
 from harness.statistics import Summary, summary, timing
-from problems import Task
+from problems import Published, Task
 from reports.words import amount, error, names, ratio, seconds
 
 SETTING = ["reference", "device", "dtype", "threads"]  # never mixed in one table or picture
@@ -33,10 +33,11 @@ COLUMNS = {
     "first call": "cold, in a fresh process: prepare, trace, compile, run",
     "peak memory": "of one call, buffers included",
     "error": "relative 2-norm error of the worst block of the gradient",
+    "solver": "what a gradient's solver counted of its primal: the same numbers are the same work",
     "lines": "lines of code of this way",
     "rewritten": "of these, lines that the nearest form of the NumPy statement does not have: what must be rewritten",
 }
-TEXT = ("way", "form", "status")  # the columns that are not numbers
+TEXT = ("way", "form", "status", "solver")  # the columns that are not numbers
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ class Rewriting:
     columns: list[str]
     rows: list[list[str]]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What others published of a task, and beside it what was measured here."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,8 @@ def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> di
         **_times(s),
         "peak_memory_bytes": s.memory if s else None,
         "error": record.error,
+        "error_all": _error_of_all(record),
+        "solver": _counted(record),
         "gate": record.gate,
         "judge": record.judge,
         "loss": record.loss,
@@ -178,6 +190,22 @@ def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> di
         "finished": record.finished,
         "run": run,
     }
+
+
+def _error_of_all(record: CellRecord) -> float | None:
+    """Relative 2-norm error over all entries of all blocks, which large blocks rule."""
+    off = norm = 0.0
+    for block in (record.blocks or {}).values():
+        if block.error is None or block.reference_norm is None:
+            return None
+        off, norm = off + (block.error * block.reference_norm) ** 2, norm + block.reference_norm**2
+    return (off / norm) ** 0.5 if norm else None
+
+
+def _counted(record: CellRecord) -> str:
+    """`19 steps, 95 linear solves`"""
+    stats = (record.processes[0].stats if record.processes else None) or {}
+    return ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in stats.items())
 
 
 def _times(s: Summary | None) -> dict[str, float | None]:
@@ -228,7 +256,7 @@ def short_size(part: pd.DataFrame) -> str:
 
 def table(part: pd.DataFrame, rate: Rate | None) -> Table:
     """Of one task at one size in one setting."""
-    columns = [name for name in COLUMNS if name != "× floor" or rate]
+    columns = [name for name in COLUMNS if (name != "× floor" or rate) and (name != "solver" or part.solver.any())]
     notes: dict[str, list[str]] = {}
     rows = []
     for r in part.to_dict("records"):
@@ -251,6 +279,7 @@ def table(part: pd.DataFrame, rate: Rate | None) -> Table:
             "first call": (seconds(r["first_call_s"]), r["first_call_s"]),
             "peak memory": (amount(r["peak_memory_bytes"]), r["peak_memory_bytes"]),
             "error": (error(r["error"]), r["error"]),
+            "solver": (r["solver"], None),
             "lines": (amount(r["lines"], ""), r["lines"]),
             "rewritten": (amount(r["changed"], ""), r["changed"]),
         }
@@ -263,6 +292,46 @@ def table(part: pd.DataFrame, rate: Rate | None) -> Table:
         [(names(dict.fromkeys(ways)), sentence) for sentence, ways in notes.items()],
         _floor_sentence(rate, part) if rate else "",
     )
+
+
+def headline(part: pd.DataFrame, published: Published) -> Headline | None:
+    """Of one task in one setting; None where nothing was measured at the published size keys."""
+    axis = part.axis.iloc[0]
+    ours = part.loc[(part.status == "ok") & (other_keys(part).map(_keys) == published.keys)]
+    if ours.empty:
+        return None
+    places = sorted({*ours.axis_value, *(x for row in published.seconds.values() for x in row)})
+    last = max(x for row in published.seconds.values() for x in row)
+    rows = [
+        [f"{name} (published)", *(seconds(row.get(x)) for x in places), error(published.error.get(name)), ""]
+        for name, row in published.seconds.items()
+    ]
+    for way, own in sorted(ours.groupby("way"), key=lambda pair: pair[1].derivative_median_s.max()):
+        at = own.drop_duplicates("axis_value").set_index("axis_value")
+        errors = [at[kind].get(last) for kind in ("error_all", "error")]
+        rows.append([f"`{way}`", *(seconds(at.derivative_median_s.get(x)) for x in places), *map(error, errors)])
+    best = min(row[last] for row in published.seconds.values() if last in row)
+    here = ours.loc[ours.axis_value == last].sort_values("derivative_median_s")
+    said = f"Seconds a gradient, as published and as measured here. Published: {published.source}. {published.differs}"
+    for what, some in (
+        ("hand adjoint", here[here.strategy == "adjoint"]),
+        ("fastest AD", here[~here.strategy.isin(NOT_AD)]),
+    ):
+        if len(some):
+            way, times = some.way.iloc[0], best / some.derivative_median_s.iloc[0]
+            said += f" At {axis} = {last:g} the {what}, `{way}`, takes 1/{times:.0f} of the quickest published."
+    columns = [
+        "method",
+        *(f"{axis} = {x:g}" for x in places),
+        f"error of all entries at {axis} = {last:g}",
+        "of the worst block",
+    ]
+    return Headline(said, columns, rows)
+
+
+def _keys(text: str) -> dict[str, float]:
+    """`T=1,alpha=10` as a dict."""
+    return {name: float(value) for name, value in (item.split("=") for item in text.strip(",").split(","))}
 
 
 def rewriting(runs: list[Run], rows: pd.DataFrame) -> list[Rewriting]:

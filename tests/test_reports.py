@@ -429,6 +429,50 @@ def test_matrix_prints_every_number_and_status(report, tmp_path):
     assert "bandwidth floor" in curves and "torch.inplace/reverse" not in curves  # a wrong cell has no point
 
 
+def solved(way, N, seconds, *, rtol=1e-7, error=3e-6, **rest):
+    """A cell of brusselator.ode whose blocks A and B have the error and a third of it, B's gradient being three times A's."""
+    keys = {"N": N, "T": 1, "alpha": 10, "A": 3.4, "B": 1, "save": 0.1, "rtol": rtol, "atol": 100 * rtol}
+    blocks = {
+        name: {"size": N * N, "norm": n, "dot_gold5": 0.0, "error": e, "reference_norm": n, "reference_nonzero": 1.0}
+        for name, n, e in (("A", 1.0, error), ("B", 3.0, error / 3))
+    }
+    rest = {"keys": keys | {"spread": 0.5, "k0": 1}, "error": error, "blocks": blocks, "gate": 0.1} | rest
+    found = cell(f"brusselator.ode/{way}@N={N},rtol={rtol}", seconds, **rest)
+    found.processes[0].stats = {"steps": 19, "linear_solves": 95}
+    return found
+
+
+def test_what_was_published_stands_beside_what_was_measured(report):
+    records = [
+        solved("numba/adjoint", 17, 2e-3 / 1.1),
+        solved("numba/adjoint", 64, 0.2),
+        solved("jax/reverse", 17, 4e-3 / 1.1),
+        solved("torch/reverse", 17, 1e-3, keys={"N": 17, "spread": 0.0}),  # other parameters: not to be compared
+    ]
+    markdown, html, _ = report(records)
+    table = markdown.split("beside what was published.**")[1].split("\n\n")
+    assert "the hand adjoint, `numba/adjoint`, takes 1/116 of the quickest published" in table[0]
+    assert "the fastest AD, `jax/reverse`, takes 1/58 of the quickest published" in table[0]
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in table[1].splitlines()]
+    assert rows[0][1:7] == [f"N = {N}" for N in (5, 8, 10, 12, 17, 64)]
+    by_name = {row[0]: row[1:] for row in rows}
+    # sqrt(1 e^2 + 9 (e / 3)^2) / sqrt(10) = sqrt(2 / 10) e
+    assert by_name["`numba/adjoint`"] == ["–", "–", "–", "–", "2.00 ms", "220 ms", "1.3e-06", "3.0e-06"]
+    assert by_name["FBDF dense and Gauss adjoint (published)"][4:7] == ["1.28 s", "–", "4.1e-04"]
+    assert "`torch/reverse`" not in by_name
+    assert "19 steps, 95 linear solves" in markdown and "beside what was published" in html
+
+
+def test_time_against_error_is_drawn_from_three_tolerances_on(report, tmp_path):
+    at = [(1e-5, 1e-3), (1e-7, 3e-6), (1e-8, 2e-7)]
+    for n in (2, 3):
+        records = [solved("numba/adjoint", 8, 1e-3 * k, rtol=r, error=e) for k, (r, e) in enumerate(at[:n], 1)]
+        markdown, *_ = report(records)
+        assert ("brusselator.ode-continuous-tolerances.svg" in markdown) == (n == 3)
+    svg = (tmp_path / "report/figures/brusselator.ode-continuous-tolerances.svg").read_text()
+    assert "error of the worst block" in svg and "numba/adjoint" in svg
+
+
 def test_same_ledger_same_bytes(report, tmp_path):
     def everything():
         report()
