@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from backends import STRATEGIES
 from harness import cells
-from reports.tables import Rate, other_keys
-from reports.words import ratio, seconds
+from reports.tables import Rate, other_keys, size_title
+from reports.words import amount, ratio, seconds
 
 INK, FAINT, PAPER = "#1a1b1c", "#87888a", "#fefdfc"
 RC: dict[Any, Any] = {
@@ -150,17 +150,42 @@ def work_precision(rows: pd.DataFrame) -> str:
     if asked.max() is pd.NA or not asked.max() >= 3:
         return ""
     ok = ok.loc[ok.problem == asked.idxmax()].sort_values("rtol").drop_duplicates(["way", "rtol"])
+    at = str(asked.idxmax()).replace("=", " = ").replace(",", ", ")
+    return _against(ok, "error", "error of the worst block", f"{rows.task.iloc[0]}, {at}: time of the derivative")
+
+
+def memory(rows: pd.DataFrame) -> str:
+    """Derivative against peak memory of one task in one setting, a point a way, at the size where checkpoints save a library
+    most; nothing where they save none half of its own memory."""
+    ok = rows.loc[(rows.status == "ok") & rows.peak_memory_bytes.gt(0)]
+    kept = (ok.strategy == "checkpoint") | (ok.form == "checkpoints")
+    every = ~kept & ok.strategy.isin(("adjoint", "reverse"))
+    peaks = [part.groupby(["size", "backend"]).peak_memory_bytes.min().astype(float) for part in (ok[every], ok[kept])]
+    saved = (peaks[0] / peaks[1]).dropna()
+    if saved.empty or saved.max() < 2:
+        return ""
+    ok = ok.loc[ok["size"] == saved.idxmax()[0]].sort_values("peak_memory_bytes")
+    title = f"{rows.task.iloc[0]}, {size_title(ok)}: time of the derivative"
+    return _against(ok, "peak_memory_bytes", "peak memory", title, bytes_=True)
+
+
+def _against(ok: pd.DataFrame, x: str, label: str, title: str, bytes_: bool = False) -> str:
+    """A curve or a point a way, of rows in their order."""
     last = ok.groupby("way").tail(1).sort_values("derivative_median_s")
     high = max(3.2, 0.19 * (len(last) + 1))
 
     def draw(fig: Figure) -> None:
         ax = fig.add_axes((0.7 / 7.6, 0.5 / (high + 0.9), 4.5 / 7.6, high / (high + 0.9)))
-        looks = _curves(ax, ok, "error", _palette(rows))
-        ax.set(xlabel="error of the worst block")
-        at = asked.idxmax().replace("=", " = ").replace(",", ", ")
-        ax.set_title(f"{rows.task.iloc[0]}, {at}: time of the derivative", loc="left", size=9, pad=12)
-        ends = zip(last.error, last.derivative_median_s, last.way, strict=True)
-        _labels(ax, list(ends), looks, 0.18 / high)
+        looks = _curves(ax, ok.assign(**{x: ok[x].astype(float)}), x, _palette(ok))
+        ax.set(xlabel=label)
+        ax.set_title(title, loc="left", size=9, pad=12)
+        ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
+        if bytes_:
+            ax.xaxis.set_major_locator(LogLocator(32.0))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(x)))
+        ends = [(float(x), y, way) for x, y, way in zip(last[x], last.derivative_median_s, last.way, strict=True)]
+        _labels(ax, ends, looks, 0.18 / high)
 
     return _svg((7.6, high + 0.9), draw)
 

@@ -171,6 +171,10 @@ def _task(name: str, part: pd.DataFrame, rates: dict[tuple[str, str], tables.Rat
         )
         alt = f"Derivative time of {name} against error, one line a way; the tables below hold the same numbers."
         pictures.append(Picture(f"{name}{mark}-tolerances", drawn, alt, caption))
+    if drawn := figures.memory(part):
+        caption = f"Time of the derivative of {name} against peak memory, where checkpoints save most."
+        alt = f"Derivative time of {name} against peak memory, one point a way; the tables below hold the same numbers."
+        pictures.append(Picture(f"{name}{mark}-memory", drawn, alt, caption))
     task = tables.known(*name.split(".", 1))
     at = [part.loc[part["size"] == size] for size in tables.sizes(part)]
     return TaskPart(

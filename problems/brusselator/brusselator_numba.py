@@ -172,14 +172,24 @@ class Work(NamedTuple):
     waves: np.ndarray
     w: np.ndarray
     u0b: np.ndarray  # (2N, N)
+    kept: np.ndarray  # (checkpoints, 2N, N)
 
 
-def imex_prepare(structure, size):
+def imex_prepare(structure, size, checkpoint=False):
+    """States of all steps, or of one stretch of them between checkpoints: as many samples long as makes the sum small."""
     N, (saves, every, _) = size.N, clock(size)
     dtype = np.result_type(*(structure[name].dtype for name in ("u0", "A", "B", "alpha")))
     basis, pad = imex_basis(N, dtype)
     fields = (np.zeros((2 * N, N + pad), dtype) for _ in range(3))
-    return Work(basis, np.empty((saves * every + 1, 2 * N, N), dtype), *fields, np.empty((2 * N, N), dtype))
+    steps = saves * every
+    stretch = every * max(1, round(steps**0.5 / every)) if checkpoint else steps
+    shape = 2 * N, N
+    kept = np.empty((-(-steps // stretch) if checkpoint else 0, *shape), dtype)
+    return Work(basis, np.empty((stretch + 1, *shape), dtype), *fields, np.empty(shape, dtype), kept)
+
+
+def imex_checkpoints_prepare(structure, size):
+    return imex_prepare(structure, size, checkpoint=True)
 
 
 def imex_basis(N, dtype, fft=True):
@@ -480,6 +490,34 @@ def imex_adjoint(theta, data, size, work):
     np.subtract(work.states[-1], 1, out=work.r[:, :N])
     u0b, Ab, Bb, cb = imex_vjp_kernel(work.states, A, S, size.dt, saves * every, every, work.r, work.waves, work.w)
     work.u0b[:] = u0b[:, :N]
+    return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
+
+
+def imex_checkpoints(theta, data, size, work):
+    """A state a stretch is kept, and those within a stretch are computed again before its reverse sweep."""
+    N, (saves, every, first), (states, kept, r, w) = size.N, clock(size), (work.states, work.kept, work.r, work.w)
+    A, B, S = theta["A"][()], theta["B"][()], solver(theta["alpha"][()], size, work.basis)
+    stretches = [(n, min(len(states) - 1, saves * every - n)) for n in range(0, saves * every, len(states) - 1)]
+
+    def run(k, states, r):
+        n, steps = stretches[k]
+        states[0] = kept[k]
+        return imex_kernel(states, A, B, data["disc"], S, size.dt, steps, every, first - n, r, work.waves)
+
+    kept[0] = theta["u0"].reshape(2 * N, N)
+    loss = 0.0
+    for k, (n, steps) in enumerate(stretches):
+        loss += run(k, states[:2], r) - (misfit(kept[k], 0.0) if n else 0.0)  # which the stretch before has sampled
+        if k + 1 < len(kept):
+            kept[k + 1] = states[steps % 2]
+    np.subtract(states[steps % 2], 1, out=r[:, :N])
+    Ab = Bb = cb = 0.0
+    for k, (_, steps) in reversed([*enumerate(stretches)]):
+        run(k, states, w)
+        _, A1, B1, c1 = imex_vjp_kernel(states, A, S, size.dt, steps, every, r, work.waves, w)
+        Ab, Bb, cb = Ab + A1, Bb + B1, cb + c1
+        r, w = (w, r) if steps % 2 else (r, w)  # as often as the kernel did
+    work.u0b[:] = r[:, :N]
     return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
 
 
@@ -1444,7 +1482,10 @@ def ode_stats(theta, data, size):
 
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare, strategies={"adjoint": rhs_adjoint, "duals": rhs_duals})},
-    "imex": {"loops": Implementation(imex, imex_prepare, strategies={"adjoint": imex_adjoint, "duals": imex_duals})},
+    "imex": {
+        "loops": Implementation(imex, imex_prepare, strategies={"adjoint": imex_adjoint, "duals": imex_duals}),
+        "checkpoints": Implementation(imex, imex_checkpoints_prepare, strategies={"adjoint": imex_checkpoints}),
+    },
     "ude": {"loops": Implementation(ude, ude_prepare, strategies={"adjoint": ude_adjoint, "duals": ude_duals})},
     "implicit": {
         "loops": Implementation(implicit, implicit_prepare, implicit_stats, strategies={"adjoint": implicit_adjoint})
