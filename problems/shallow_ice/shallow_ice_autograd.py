@@ -6,9 +6,32 @@ which keeps the factor.
 
 import autograd.numpy as np
 from autograd.extend import defvjp_argnums, primitive
+from autograd.tracer import getval
 
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, YEARS, cholesky, steps_a_year, substitute
+from problems.shallow_ice import (
+    A_MAX,
+    A_MIN,
+    BOX,
+    CFL,
+    D_MIN,
+    DAMPING,
+    DT,
+    EPS,
+    HALFAR_A,
+    HALFAR_RHO_G,
+    PLATE,
+    PLATE_RHO_G,
+    RHO_G,
+    YEARS,
+    cholesky,
+    diverged,
+    halfar_dx,
+    most_iterations,
+    pseudo_transient_stats,
+    steps_a_year,
+    substitute,
+)
 
 
 def avg_x(a):
@@ -31,11 +54,11 @@ def cap(e, lo, hi):
     return np.where(e < lo, lo, np.where(e > hi, hi, e))  # np.clip has no derivative in its bounds here
 
 
-def diffusivity(Hc, dSx, dSy, A):
+def diffusivity(Hc, dSx, dSy, A, rho_g=RHO_G):
     """D on corners, (N-1, N-1)."""
     gx, gy, Hb = avg_y(dSx), avg_x(dSy), avg_x(avg_y(Hc))
     Hb2 = Hb * Hb
-    return (0.4 * RHO_G**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+    return (0.4 * rho_g**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
 
 
 def sia(H, B, A, dx):
@@ -94,10 +117,10 @@ def ude(theta, data, size):
     return loss / Href.size
 
 
-def conductance(H, B, A, dx, dt):
+def conductance(H, B, A, dx, dt, rho_g=RHO_G):
     """dt D / dx^2 on edges, (N-1, N-2) and (N-2, N-1)."""
     S = B + H
-    D = dt / dx**2 * diffusivity(H, diff_x(S) / dx, diff_y(S) / dx, A)
+    D = dt / dx**2 * diffusivity(H, diff_x(S) / dx, diff_y(S) / dx, A, rho_g)
     return avg_y(D), avg_x(D)
 
 
@@ -139,8 +162,39 @@ def semi_implicit(theta, data, size):
     return np.mean((H - H0) ** 2)
 
 
+def halfar(theta, data, size):
+    H, A, dx = data["H0"], HALFAR_A * np.exp(theta["lnA"]), halfar_dx(size)
+    for dt in data["dt"]:
+        H = H + pad(flow(*conductance(H, 0.0, A, dx, dt, HALFAR_RHO_G), H))
+        H = np.where(H > 0, H, 0.0)
+    return H[size.N // 2, size.N // 2]
+
+
+def relax(T0, A, size):
+    """T at the step's end."""
+    dx = PLATE / size.N
+    T, V = T0, 0.0
+    for _ in range(most_iterations(size)):
+        Kx, Ky = conductance(T, 0.0, A, dx, 1.0, PLATE_RHO_G)
+        V = DAMPING * V + (flow(Kx, Ky, T) - (T - T0)[1:-1, 1:-1] / DT)
+        last, T = T, T + pad(V / (1 / DT + (D_MIN / dx**2 + avg_x(Kx)) / CFL) / 3)
+        T = np.where(T > 0, T, 0.0)
+        if np.max(np.abs(getval(T) - getval(last))) < size.tol:
+            return T
+    raise diverged(size)
+
+
+def pseudo_transient(theta, data, size):
+    T, A = data["T0"], data["A"] * np.exp(theta["lnA"])
+    for n in range(size.steps):
+        T = relax(T, A[n], size)
+    return np.mean(T * T) / 2
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs)},
     "ude": {"array": Implementation(ude)},
     "semi_implicit": {"array": Implementation(semi_implicit)},
+    "halfar": {"array": Implementation(halfar)},
+    "pseudo_transient": {"array": Implementation(pseudo_transient, stats=pseudo_transient_stats)},
 }

@@ -7,7 +7,26 @@ import casadi as ca
 import numpy as np
 
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, YEARS, steps_a_year
+from problems.shallow_ice import (
+    A_MAX,
+    A_MIN,
+    BOX,
+    CFL,
+    D_MIN,
+    DAMPING,
+    DT,
+    EPS,
+    HALFAR_A,
+    HALFAR_RHO_G,
+    PLATE,
+    PLATE_RHO_G,
+    RHO_G,
+    YEARS,
+    halfar_dx,
+    most_iterations,
+    pseudo_transient_stats,
+    steps_a_year,
+)
 
 
 def diff_x(a):
@@ -30,12 +49,12 @@ def cap(e, lo, hi):
     return ca.if_else(e < lo, lo, ca.if_else(e > hi, hi, e))  # fmin and fmax halve the derivative at a tie
 
 
-def diffusivity(Hc, dSx, dSy, A, dx):
+def diffusivity(Hc, dSx, dSy, A, dx, rho_g=RHO_G):
     """D / (2 dx^2) on corners, (N-1, N-1). Sums and differences are whole: what they would be divided by goes into one
     number, because every operation is a pass over the field (1.2 times faster)."""
     gx, gy, Hb = sum_y(dSx), sum_x(dSy), sum_y(sum_x(Hc))
     Hb2 = Hb * Hb
-    c = 0.4 * RHO_G**3 / (4**5 * 4 * dx**2 * 2 * dx**2)
+    c = 0.4 * rho_g**3 / (4**5 * 4 * dx**2 * 2 * dx**2)
     return c * A * (Hb2 * Hb2 * Hb * (gx * gx + gy * gy + 4 * dx**2 * EPS))
 
 
@@ -161,8 +180,75 @@ def semi_implicit_prepare(structure, size):
     return ca.sparsify(ca.horzcat(ca.kron(one, row), ca.kron(row, one)))
 
 
+def spread(H, A, dx, rho_g):
+    """H_t inside, (N-2, N-2), and D / (2 dx^2) on corners."""
+    dHx, dHy = diff_x(H), diff_y(H)
+    K = diffusivity(H, dHx, dHy, A, dx, rho_g)
+    return diff_x(sum_y(K) * dHx[:, 1:-1]) + diff_y(sum_x(K) * dHy[1:-1, :]), K
+
+
+def halfar(theta, data, size):
+    N, ns, A = size.N, size.ns, HALFAR_A * ca.exp(theta["lnA"])
+    H, a = ca.MX.sym("H", N, N), ca.MX.sym("a")  # a = A dt
+    Hn = H + pad(spread(H, a, halfar_dx(size), HALFAR_RHO_G)[0])
+    step = ca.Function("step", [H, a], [ca.if_else(Hn > 0, Hn, 0)])
+    return step.fold(ns)(data["H0"], A * data["dt"].T)[N // 2, N // 2]
+
+
+def iteration(size):
+    """T and V after one more, and max|T' - T|, as a function; once that is below tol, the same again, which costs no
+    arithmetic: a graph has no loops whose length depends on numbers."""
+    N, dx = size.N, PLATE / size.N
+    T, V, off, T0, A = (ca.MX.sym("x", n, n) for n in (N, N - 2, 1, N, 1))
+    F, K = spread(T, A, dx, PLATE_RHO_G)
+    Vn = DAMPING * V + (F - (T - T0)[1:-1, 1:-1] / DT)
+    Tn = T + pad(Vn / (3 * (1 / DT + (D_MIN / dx**2 + sum_x(sum_y(K)) / 2) / CFL)))
+    Tn = ca.if_else(Tn > 0, Tn, 0)
+    go = ca.Function("go", [T, V, off, T0, A], [Tn, Vn, ca.norm_inf(Tn - T)])
+    stay = ca.Function("stay", [T, V, off, T0, A], [T, V, off])
+    again = ca.Function.if_else("again", go, stay)
+    return ca.Function("iteration", [T, V, off, T0, A], again(off >= size.tol, T, V, off, T0, A))
+
+
+def relax(size):
+    """T at the step's end, as a function; NaN if it takes too many iterations."""
+    N, once = size.N, iteration(size)
+    T0, A = ca.MX.sym("T0", N, N), ca.MX.sym("A")
+    T, V, off = T0, ca.MX.zeros(N - 2, N - 2), ca.MX.inf(1, 1)
+    for _ in range(most_iterations(size)):
+        T, V, off = once(T, V, off, T0, A)
+    return ca.Function("relax", [T0, A], [T + ca.if_else(off < size.tol, 0, np.nan)])
+
+
+def root(size):
+    """CasADi's own Newton, which it differentiates by the implicit function theorem. T stays positive."""
+    N = size.N
+    x, T0, A = ca.MX.sym("x", (N - 2) ** 2), ca.MX.sym("T0", N, N), ca.MX.sym("A")
+    T = T0 - pad(T0[1:-1, 1:-1]) + pad(ca.reshape(x, N - 2, N - 2))
+    F, _ = spread(T, DT * A, PLATE / N, PLATE_RHO_G)
+    problem = {"x": x, "p": ca.vertcat(ca.vec(T0), A), "g": x - ca.vec(T0[1:-1, 1:-1] + F)}
+    find = ca.rootfinder("find", "newton", problem, {"linear_solver": "qr"})
+    x = ca.reshape(find(ca.vec(T0[1:-1, 1:-1]), problem["p"]), N - 2, N - 2)
+    return ca.Function("root", [T0, A], [T0 + pad(x - T0[1:-1, 1:-1])])
+
+
+def pseudo_transient(theta, data, size, relax=relax):
+    T = relax(size).fold(size.steps)(data["T0"], (data["A"] * ca.exp(theta["lnA"])).T)
+    return ca.sumsqr(T) / (2 * size.N**2)
+
+
+def pseudo_transient_root(theta, data, size):
+    return pseudo_transient(theta, data, size, root)
+
+
 IMPLEMENTATION = {
     "rhs": {"mx": Implementation(rhs)},
     "ude": {"mx": Implementation(ude, strategies={"compile": ude_compile})},
     "semi_implicit": {"mx": Implementation(semi_implicit, semi_implicit_prepare)},
+    "halfar": {"mx": Implementation(halfar)},
+    "pseudo_transient": {
+        "mx": Implementation(
+            pseudo_transient, stats=pseudo_transient_stats, strategies={"implicit": pseudo_transient_root}
+        ),
+    },
 }
