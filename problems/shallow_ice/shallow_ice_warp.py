@@ -11,7 +11,28 @@ import warp as wp
 
 from backends.warp_backend import scratch
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, LAYERS, RHO_G, TEMPERATURES, steps_a_year
+from problems.shallow_ice import (
+    A_MAX,
+    A_MIN,
+    BOX,
+    CFL,
+    D_MIN,
+    DAMPING,
+    DT,
+    EPS,
+    HALFAR_A,
+    HALFAR_RHO_G,
+    LAYERS,
+    PLATE,
+    PLATE_RHO_G,
+    RHO_G,
+    TEMPERATURES,
+    diverged,
+    halfar_dx,
+    most_iterations,
+    pseudo_transient_stats,
+    steps_a_year,
+)
 
 SSPRK3 = (0, 1), (3 / 4, 1 / 4), (1 / 3, 2 / 3)  # stage s: X[s + 1] = p X[0] + q (X[s] + dt H_t(X[s]))
 
@@ -187,7 +208,185 @@ def ude_prepare(structure, size):
     return Work(ude_kernels(real), layers, scratch(temperatures, real), X, scratch(1, real))
 
 
+# Flat ground and no caps, of halfar and pseudo_transient
+
+
+@cache
+def flat(real, rho_g):
+    """H_t at a node, and D averaged over its corners, for A = 1; 0 on the boundary."""
+    field = wp.array2d(dtype=real)
+    zero, half, quarter, c, eps = real(0), real(0.5), real(0.25), real(0.4 * rho_g**3), real(EPS)
+
+    @wp.func
+    def diffusivity(h00: real, h01: real, h10: real, h11: real, dx: real):
+        gx, gy = half * (h10 - h00 + h11 - h01) / dx, half * (h01 - h00 + h11 - h10) / dx
+        h = quarter * (h00 + h01 + h10 + h11)
+        h2 = h * h
+        return c * (h2 * h2 * h) * (gx * gx + gy * gy + eps)
+
+    @wp.func
+    def flow(H: field, dx: real, i: int, j: int):
+        N = H.shape[0]
+        if i == 0 or i == N - 1 or j == 0 or j == N - 1:
+            return zero, zero
+        h01, h10, h11, h12, h21 = H[i - 1, j], H[i, j - 1], H[i, j], H[i, j + 1], H[i + 1, j]
+        D00 = diffusivity(H[i - 1, j - 1], h01, h10, h11, dx)
+        D01 = diffusivity(h01, H[i - 1, j + 1], h11, h12, dx)
+        D10 = diffusivity(h10, h11, H[i + 1, j - 1], h21, dx)
+        D11 = diffusivity(h11, h12, h21, H[i + 1, j + 1], dx)
+        north, south, west, east = D00 + D01, D10 + D11, D00 + D10, D01 + D11
+        flows = south * (h21 - h11) - north * (h11 - h01) + east * (h12 - h11) - west * (h11 - h10)
+        return half * flows / (dx * dx), quarter * (north + south)
+
+    return flow
+
+
+@cache
+def halfar_kernels(real):
+    number, field, flow = wp.array(dtype=real), wp.array2d(dtype=real), flat(real, HALFAR_RHO_G)
+    zero, A0 = real(0), real(HALFAR_A)
+
+    @wp.kernel
+    def fluidity(lnA: number, A: number):
+        A[0] = A0 * wp.exp(lnA[0])
+
+    @wp.kernel
+    def step(H: field, A: number, dt: number, n: int, dx: real, out: field):
+        i, j = wp.tid()
+        F, _ = flow(H, dx, i, j)
+        Hn = H[i, j] + dt[n] * A[0] * F
+        out[i, j] = wp.where(Hn > zero, Hn, zero)
+
+    @wp.kernel
+    def dome(H: field, loss: number):
+        loss[0] = H[H.shape[0] / 2, H.shape[1] / 2]
+
+    return fluidity, step, dome
+
+
+class HalfarWork(NamedTuple):
+    kernels: tuple
+    A: wp.array
+    H: list  # (N, N), for every step
+    loss: wp.array
+
+
+def halfar(theta, data, size, work):
+    fluidity, step, dome = work.kernels
+    H, A, dt, dx = [data["H0"], *work.H], work.A, data["dt"], halfar_dx(size)
+    wp.launch(fluidity, 1, [theta["lnA"]], [A])
+    for n in range(size.ns):
+        wp.launch(step, H[n].shape, [H[n], A, dt, n, dx], [H[n + 1]])
+    wp.launch(dome, 1, [H[-1]], [work.loss])
+    return work.loss
+
+
+def halfar_prepare(structure, size):
+    """Two arrays serve as gradients of all states in turn; see ude_prepare."""
+    real, shape = wp.dtype_from_numpy(structure["H0"].dtype), (size.N, size.N)
+    gradients = [wp.zeros(shape, dtype=real) for _ in range(2)]
+    H = [scratch(shape, real, gradients[n % 2]) for n in range(size.ns)]
+    return HalfarWork(halfar_kernels(real), scratch(1, real), H, scratch(1, real))
+
+
+@cache
+def pseudo_transient_kernels(real):
+    number, field, flow = wp.array(dtype=real), wp.array2d(dtype=real), flat(real, PLATE_RHO_G)
+    zero, three, per_dt, damping, per_cfl, D_min = (real(x) for x in (0, 3, 1 / DT, DAMPING, 1 / CFL, D_MIN))
+
+    @wp.kernel
+    def fluidity(A0: number, lnA: number, A: number):
+        n = wp.tid()
+        A[n] = A0[n] * wp.exp(lnA[0])
+
+    @wp.kernel
+    def iteration(T: field, V: field, T0: field, A: number, n: int, dx: real, Tn: field, Vn: field):
+        i, j = wp.tid()
+        F, D = flow(T, dx, i, j)
+        v = damping * V[i, j] + (A[n] * F - (T[i, j] - T0[i, j]) * per_dt)
+        new = T[i, j] + v / (three * (per_dt + (D_min + A[n] * D) / (dx * dx) * per_cfl))
+        Vn[i, j] = v
+        Tn[i, j] = wp.where(new > zero, new, zero)
+
+    @wp.kernel
+    def change(T: field, Tn: field, off: number):
+        i, j = wp.tid()
+        wp.atomic_max(off, 0, wp.abs(Tn[i, j] - T[i, j]))
+
+    @wp.kernel
+    def copy(T: field, out: field):
+        i, j = wp.tid()
+        out[i, j] = T[i, j]
+
+    @wp.kernel
+    def energy(T: field, factor: real, loss: number):
+        i, j = wp.tid()
+        wp.atomic_add(loss, 0, factor * T[i, j] * T[i, j])
+
+    return fluidity, iteration, change, copy, energy
+
+
+class PseudoTransientWork(NamedTuple):
+    kernels: tuple
+    A: wp.array  # (steps)
+    ends: list  # (N, N), T at the end of every step
+    states: list  # T and V after every iteration, made when first wanted
+    gradients: list  # that they share in turn, of T and of V
+    zero: wp.array  # (N, N): V at first
+    off: wp.array
+    loss: wp.array
+
+
+def pseudo_transient(theta, data, size, work):
+    fluidity, iteration, change, copy, energy = work.kernels
+    A, off, dx, k, real = work.A, work.off, PLATE / size.N, 0, work.zero.dtype
+    if work.zero.device.is_capturing:
+        raise NotImplementedError("a captured graph ends no loop by a number that it computes")
+    T, dim = data["T0"], work.zero.shape
+    wp.launch(fluidity, size.steps, [data["A"], theta["lnA"]], [A])
+    for n in range(size.steps):
+        T0, V = T, work.zero
+        for _ in range(most_iterations(size)):
+            if k == len(work.states):
+                work.states.append([scratch(dim, real, gradient) for gradient in work.gradients[k % 2]])
+            (Tn, Vn), k = work.states[k], k + 1
+            wp.launch(iteration, dim, [T, V, T0, A, n, dx], [Tn, Vn])
+            off.zero_()
+            wp.launch(change, dim, [T, Tn], [off], record_tape=False)
+            T, V = Tn, Vn
+            if off.numpy()[0] < size.tol:
+                break
+        else:
+            raise diverged(size)
+        wp.launch(copy, dim, [T], [work.ends[n]])  # whose gradient is its own: it is T0 of all iterations to come
+        T = work.ends[n]
+    work.loss.zero_()
+    wp.launch(energy, dim, [T, 1 / (2 * size.N**2)], [work.loss])
+    return work.loss
+
+
+def pseudo_transient_prepare(structure, size):
+    real, shape = wp.dtype_from_numpy(structure["T0"].dtype), (size.N, size.N)
+    gradients = [[wp.zeros(shape, dtype=real) for _ in "TV"] for _ in range(2)]
+    ends = [scratch(shape, real) for _ in range(size.steps)]
+    zero, off = wp.zeros(shape, dtype=real), wp.zeros(1, dtype=real)
+    A, loss = scratch(size.steps, real), scratch(1, real)
+    return PseudoTransientWork(pseudo_transient_kernels(real), A, ends, [], gradients, zero, off, loss)
+
+
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare)},
     "ude": {"loops": Implementation(ude, ude_prepare)},
+    "halfar": {"loops": Implementation(halfar, halfar_prepare)},
+    "pseudo_transient": {
+        "loops": Implementation(
+            pseudo_transient,
+            pseudo_transient_prepare,
+            stats=pseudo_transient_stats,
+            unsupported={
+                "compile": "Whether the loop ends is a number on the device, which the host reads after every iteration "
+                "(`a captured graph ends no loop by a number that it computes`)."
+            },
+        )
+    },
 }
