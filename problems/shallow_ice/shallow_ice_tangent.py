@@ -1,9 +1,28 @@
 """The valley glacier in Tangent: whole arrays, functional; the temperatures are a leading axis."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from problems import Implementation
-from problems.shallow_ice import A_MAX, A_MIN, BOX, EPS, RHO_G, steps_a_year
+from problems.shallow_ice import (
+    A_MAX,
+    A_MIN,
+    BOX,
+    CFL,
+    D_MIN,
+    DAMPING,
+    DT,
+    EPS,
+    HALFAR_A,
+    HALFAR_RHO_G,
+    PLATE,
+    PLATE_RHO_G,
+    RHO_G,
+    halfar_dx,
+    most_iterations,
+    steps_a_year,
+)
 
 
 def avg_x(a):
@@ -97,6 +116,84 @@ def ude_prepare(structure, size):
     return steps_a_year(size)
 
 
+def diffusivity(dHx, dHy, H, A, rho_g):
+    """D on corners, (N-1, N-1)."""
+    gx = avg_y(dHx)
+    gy = avg_x(dHy)
+    Hb = avg_x(avg_y(H))
+    Hb2 = Hb * Hb
+    return (0.4 * rho_g**3) * A * (Hb2 * Hb2 * Hb) * (gx * gx + gy * gy + EPS)
+
+
+def spread(H, A, dx):
+    """H after a step of dt in ice of the fluidity A / dt; nothing moves on the boundary."""
+    dHx = diff_x(H) / dx
+    dHy = diff_y(H) / dx
+    D = diffusivity(dHx, dHy, H, A, HALFAR_RHO_G)
+    dH = (diff_x(avg_y(D) * dHx[:, 1:-1]) + diff_y(avg_x(D) * dHy[1:-1])) / dx
+    Hn = H + np.pad(dH, ((1, 1), (1, 1)))
+    return np.where(Hn > 0, Hn, 0.0)
+
+
+class HalfarWork(NamedTuple):
+    dx: float
+    middle: int
+
+
+def halfar(theta, data, size, work):
+    lnA, H, dt = theta["lnA"], data["H0"], data["dt"]
+    A = HALFAR_A * np.exp(lnA)
+    for n in range(size.ns):
+        a = A * dt[n]
+        H = spread(H, a, work.dx)
+    return H[work.middle, work.middle]
+
+
+def halfar_prepare(structure, size):
+    return HalfarWork(halfar_dx(size), size.N // 2)
+
+
+class PlateWork(NamedTuple):
+    dx: float
+    least: float  # 1 / 3 dtau where nothing diffuses
+    per_D: float
+    most: int  # iterations
+    zero: np.ndarray  # (N-2, N-2): V at first
+
+
+def pseudo_transient(theta, data, size, work):
+    lnA, T, A0 = theta["lnA"], data["T0"], data["A"]
+    A = A0 * np.exp(lnA)
+    for n in range(size.steps):
+        An = A[n]
+        T0 = T
+        V = work.zero
+        off = 1.0
+        k = 0
+        while off >= size.tol and k < work.most:
+            dTx = diff_x(T) / work.dx
+            dTy = diff_y(T) / work.dx
+            D = diffusivity(dTx, dTy, T, An, PLATE_RHO_G)
+            F = (diff_x(avg_y(D) * dTx[:, 1:-1]) + diff_y(avg_x(D) * dTy[1:-1])) / work.dx
+            dT = T - T0
+            V = DAMPING * V + (F - dT[1:-1, 1:-1] / DT)
+            rate = work.least + work.per_D * avg_x(avg_y(D))
+            Tn = T + np.pad(V / (3 * rate), ((1, 1), (1, 1)))
+            last = T
+            T = np.where(Tn > 0, Tn, 0.0)
+            off = np.max(np.abs(T - last))
+            k = k + 1
+        if off >= size.tol:
+            T = np.nan * T
+    return np.mean(T * T) / 2
+
+
+def pseudo_transient_prepare(structure, size):
+    dx = PLATE / size.N
+    zero = np.zeros((size.N - 2, size.N - 2), structure["T0"].dtype)
+    return PlateWork(dx, 1 / DT + D_MIN / dx**2 / CFL, 1 / dx**2 / CFL, most_iterations(size), zero)
+
+
 IMPLEMENTATION = {
     "rhs": {
         "array": Implementation(
@@ -110,6 +207,24 @@ IMPLEMENTATION = {
         "array": Implementation(
             ude,
             ude_prepare,
+            unsupported={
+                "forward": 'Tangent\'s forward mode takes no slice beside another index (`has no annotation "func"`).'
+            },
+        )
+    },
+    "halfar": {
+        "array": Implementation(
+            halfar,
+            halfar_prepare,
+            unsupported={
+                "forward": 'Tangent\'s forward mode takes no slice beside another index (`has no annotation "func"`).'
+            },
+        )
+    },
+    "pseudo_transient": {
+        "array": Implementation(
+            pseudo_transient,
+            pseudo_transient_prepare,
             unsupported={
                 "forward": 'Tangent\'s forward mode takes no slice beside another index (`has no annotation "func"`).'
             },
