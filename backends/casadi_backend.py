@@ -45,6 +45,13 @@ class CasADi(Backend):
     def implicit_primal(self, loss):
         return self.primal(loss)
 
+    def interpolating(self, loss):
+        """Of a graph whose integrator brings this adjoint."""
+        return self.tape(loss)
+
+    def interpolating_primal(self, loss):
+        return self.primal(loss)
+
     def compile(self, loss):
         return self._function(loss, True, self._by_compiler())
 

@@ -76,6 +76,10 @@ class Jax(Backend):
     def custom_rule(self, loss):
         return self.reverse(loss)
 
+    def backsolve(self, loss):
+        """Of a solver that brings this adjoint, as the rule by which JAX differentiates it."""
+        return self.reverse(loss)
+
     def implicit(self, loss):
         return self.reverse(loss)
 

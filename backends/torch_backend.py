@@ -111,6 +111,10 @@ class Torch(Backend):
 
         return derivative
 
+    def backsolve(self, loss):
+        """Of a solver that brings this adjoint, as a function of its own on the tape."""
+        return self.reverse(loss)
+
     def implicit(self, loss):
         return self.reverse(loss)
 

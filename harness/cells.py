@@ -29,6 +29,8 @@ BY_HAND = {  # strategies that an implementation must write a function for
     "duals": "Nobody wrote {name} over dual numbers yet: add it to {where}.",
     "custom_rule": "Nobody gave {name} a rule of its own here: where it has a solve, an FFT or a fixed point, add it to {where}.",
     "implicit": "Nobody differentiated {name} by the implicit function theorem here: where it has a root, add it to {where}.",
+    "backsolve": "Nobody integrated {name} backwards here: where it is a differential equation, add its adjoint to {where}.",
+    "interpolating": "Nobody integrated an adjoint of {name} here: where it is a differential equation, add it to {where}.",
 }
 APPROXIMATE_OR_SLOW = ("complex_step", "difference")  # an entry at a time: cells at tiny and small only
 
