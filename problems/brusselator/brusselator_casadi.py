@@ -73,8 +73,8 @@ def imex_flat(theta, data, size):
 def network(u, W1, b1, W2, b2):
     """What stands for U^2 V, (N, N), of u (N, 2 N); W1 comes transposed."""
     N = u.shape[0]
-    z = ca.tanh(ca.mtimes(ca.reshape(u, N * N, 2), W1) + ca.repmat(b1.T, N * N, 1))
-    return ca.reshape(ca.mtimes(z, W2) + b2, N, N)
+    z = ca.tanh(ca.mtimes(W1.T, ca.reshape(u, N * N, 2).T) + ca.repmat(b1, 1, N * N))
+    return ca.reshape(ca.mtimes(W2.T, z) + b2, N, N)
 
 
 def ude_step(size, net):
