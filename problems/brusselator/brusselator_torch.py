@@ -1,5 +1,7 @@
 """The Brusselator in PyTorch: whole arrays on the eager tape."""
 
+from math import ceil, isfinite, nan
+
 import torch
 
 from backends.torch_backend import checkpointed, compiled
@@ -7,13 +9,25 @@ from problems import Implementation
 from problems.brusselator import (
     A_UDE,
     B_UDE,
+    FIRST,
     FORCING,
+    MOST_CG,
     MOST_NEWTON,
+    MOST_STEPS,
+    SHORTEST,
+    SMOOTH,
     T_FORCING,
+    ark_tolerances,
     clock,
     diverged,
     eigenvalues,
+    endless,
+    fourier,
+    kencarp4,
     lap_matrix,
+    pieces,
+    stiff,
+    unsolved,
 )
 
 
@@ -299,6 +313,121 @@ def implicit_prepare(structure, size):
     return torch.as_tensor(lap_matrix(size.N).toarray().astype(structure["u0"].dtype))
 
 
+def symmetric(c, fixed, mu):
+    """What scales 1 - c alpha lap to S = 1 - g A g, A the sum of the four neighbours, and its mean M in waves."""
+    square = 1 / (4 + 1 / (c * fixed))
+    g = torch.sqrt(square)
+    return g, (1 - 4 * square) / g, 1 - square.mean((1, 2), keepdim=True) * (mu[:, None] + mu)
+
+
+def by_waves(Q, M, r):
+    """M^-1 r: M is the same for both axes, so that the transpose is as good between two products."""
+    waves = ((r @ Q).mT @ Q) / M
+    return (waves @ Q.T).mT @ Q.T
+
+
+def cg(g, M, Q, b, tolerance):
+    """S^-1 b, until the energy of the error, res M^-1 res, is tolerance^2 of that of the solution."""
+    y, res = torch.zeros_like(b), b
+    p = z = by_waves(Q, M, res)
+    rz = torch.sum(b * z)
+    for _ in range(MOST_CG):
+        if rz == 0:
+            return y + z
+        x = g * p
+        Sp = p - g * (x.roll(1, 1) + x.roll(-1, 1) + x.roll(1, 2) + x.roll(-1, 2))
+        step = rz / torch.sum(p * Sp)
+        y, res = y + step * p, res - step * Sp
+        z = by_waves(Q, M, res)
+        rz, previous = torch.sum(res * z), rz
+        if rz <= tolerance**2 * torch.sum(y * b):
+            return y + z
+        if not isfinite(rz):
+            return nan * b  # a step that is too long
+        p = z + rz / previous * p
+    raise unsolved()
+
+
+class Solve(torch.autograd.Function):
+    """(1 - c alpha lap)^-1 r. The way back solves the same symmetric system: nothing of the iteration is kept."""
+
+    @staticmethod
+    def forward(r, alpha, g, e, M, Q, c, tolerance):
+        return g * cg(g, M, Q, e * r, tolerance)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, *scales, ctx.c, ctx.tolerance = inputs
+        ctx.save_for_backward(*scales, output)
+
+    @staticmethod
+    def backward(ctx, wb):
+        g, e, M, Q, w = ctx.saved_tensors
+        rb = e * cg(g, M, Q, g * wb, ctx.tolerance)
+        return rb, ctx.c * rb * lap(w, len(Q)), None, None, None, None, None, None
+
+
+def combined(u, slopes, weights):
+    """u + the sum of slopes, each with its weight."""
+    for k, weight in zip(slopes, weights, strict=False):
+        if weight:
+            u = torch.add(u, k, alpha=weight)
+    return u
+
+
+def ode(theta, data, size, reaction=reaction):
+    """KenCarp4; how long a step is, and whether it is taken, is not differentiated."""
+    A, B, u, disc, N = theta["A"], theta["B"], data["u0"], data["disc"], size.N
+    alpha = torch.stack([theta["alpha1"], theta["alpha2"]])
+    fixed = alpha.detach() * (N - 1) ** 2
+    rtol, atol, tolerance = ark_tolerances(size, str(u.dtype).removeprefix("torch."))
+    E, I, b, error = (x.tolist() for x in kencarp4())  # noqa: E741
+    Q, mu = (
+        torch.as_tensor(x, dtype=u.dtype, device=u.device) for x in (fourier(N), 2 + eigenvalues(N) / (N - 1) ** 2)
+    )
+    smooth = symmetric(SMOOTH, fixed, mu)[2]
+
+    def attempt(u, dt, force):
+        """The state after a step, and its error over what is tolerated."""
+        c = I[1][1] * dt
+        scales = *symmetric(c, fixed, mu), Q
+        k_E, k_I = [reaction(u, A, B, force)], [alpha * lap(u, N)]
+        for i in range(1, 6):
+            r = combined(combined(u, k_E, [dt * x for x in E[i]]), k_I, [dt * x for x in I[i]])
+            w = Solve.apply(r, alpha, *scales, c, tolerance)
+            k_E.append(reaction(w, A, B, force))
+            k_I.append((w - r) / c)
+        new = combined(combined(u, k_E, [dt * x for x in b]), k_I, [dt * x for x in b])
+        with torch.no_grad():
+            off = combined(torch.zeros_like(u), k_E + k_I, [dt * x for x in error + error])
+            off = smooth[:, :1, :1] * by_waves(Q, smooth, off)
+            return new, torch.sqrt(torch.mean((off / (atol + rtol * torch.maximum(u.abs(), new.abs()))) ** 2)).item()
+
+    loss, steps, h, before = misfit(u), 0, 0.0, None
+    for length, forced, sampled in zip(*pieces(size), strict=True):
+        left, force = float(length), FORCING * float(forced) * disc
+        if forced != before:
+            h, before = FIRST * left, forced
+        while left > 0:
+            equal = ceil(left / h - 1e-3)  # the steps that are left, were they equal
+            dt = left / equal
+            if dt < SHORTEST:
+                raise stiff()
+            if steps == MOST_STEPS:
+                raise endless()
+            new, off = attempt(u, dt, force)
+            h = dt * min(5, 0.9 * max(off, 1e-4) ** -0.25) if off < 1e4 else 0.1 * dt
+            if off <= 1:
+                u, left, steps = new, left - dt if equal > 1 else 0.0, steps + 1
+        if sampled:
+            loss = loss + misfit(u)
+    return loss
+
+
+def ode_compile(theta, data, size):
+    return ode(theta, data, size, compiled(reaction))
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "inplace": Implementation(rhs_inplace)},
     "imex": {
@@ -318,5 +447,15 @@ IMPLEMENTATION = {
         "array": Implementation(
             implicit, implicit_prepare, strategies={"implicit": implicit_root, "compile": implicit_compile}
         ),
+    },
+    "ode": {
+        "array": Implementation(
+            ode,
+            strategies={"compile": ode_compile},
+            unsupported={
+                "forward": "The backend's forward mode is a vmap over tangents, and an iteration whose length depends on the data "
+                "has none (`You tried to vmap over Solve, but it does not have vmap support`)."
+            },
+        )
     },
 }
