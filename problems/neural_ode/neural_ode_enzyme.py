@@ -1,12 +1,14 @@
 """The neural ODE in Numba for Enzyme: the very loops of the hand-written adjoint's primal, with another tanh."""
 
+from math import ceil
+
 import numpy as np
 from numba import njit
 
 from backends.enzyme_backend import differentiable, scratch
 from problems import Implementation
-from problems.neural_ode import SAVES, T
-from problems.neural_ode.neural_ode_numba import from_bits, kernels
+from problems.neural_ode import SAVES, T, first_step
+from problems.neural_ode.neural_ode_numba import from_bits, kernels, ode_kernels
 
 
 @njit(fastmath={"contract", "nnan", "ninf", "nsz"}, error_model="numpy")
@@ -45,7 +47,24 @@ def rk4(theta, data, size):
     return differentiable(kernel)(*weights, data["u0"], data["target"], size.m, dt, *buffers)
 
 
+def attempts(size):
+    """Steps that are kept: four times what the small size takes, by the order of the pair."""
+    return ceil(64 * max(0.25, (2e-9 / (size.rtol + size.atol)) ** 0.2))
+
+
+def ode(theta, data, size):
+    """How long a step is, is differentiated, too, for no number can be exempted: it makes the error of the gradient 3.7 times
+    that of the hand adjoint at small."""
+    dtype, n, H = theta["W1"].dtype, attempts(size), size.H
+    kernel, _ = ode_kernels(H, tanh)
+    weights, given = (theta[name] for name in ("W1", "b1", "W2", "b2")), (first_step(size), size.rtol, size.atol)
+    shapes = (2, 5 * H), (3, 2, 8), (6 * n + 1, 4), (6 * n + 1, H), (n, 2), (SAVES, 10)
+    buffers = (scratch(shape, dtype) for shape in shapes)
+    return differentiable(kernel)(*weights, data["u0"], data["target"], *given, *buffers, scratch(3, "int64"))
+
+
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs)},
     "rk4": {"loops": Implementation(rk4)},
+    "ode": {"loops": Implementation(ode)},
 }

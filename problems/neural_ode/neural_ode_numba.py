@@ -408,6 +408,7 @@ def ode_kernels(H, tanh):
         u[0, 0], u[0, 1], u[0, 2], u[0, 3] = u0, u1, u0 * u0 * u0, u1 * u1 * u1
         k0, k1 = f(u[0, 2], u[0, 3], W, z[0])
         k[0, 0], k[1, 0] = k0 + b2[0], k1 + b2[1]
+        k[0, 7] = k[1, 7] = 0.0  # of no stage
         while i < SAVES:
             if n == len(steps):
                 counts[0] = FULL
@@ -528,7 +529,7 @@ def ode_kernels(H, tanh):
                 start[n], target, first, rtol, atol, W[0], b2, slopes[0], slopes[1], u, z, steps, saves, counts
             )
             if counts[0] < 0:
-                break
+                return np.nan
         return total
 
     @njit(error_model="numpy")
