@@ -276,7 +276,7 @@ def cg(S, M, b, tolerance):
     return jnp.where(done, y + z, jnp.nan)
 
 
-def ode(theta, data, size):
+def ode(theta, data, size, reaction=reaction):
     """KenCarp4 in a scan as long as any course of steps may be, of which those past the end do nothing. How long a step is,
     and whether it is taken, is not differentiated; of a solve neither."""
     A, B, u0, disc, N = theta["A"], theta["B"], data["u0"], data["disc"], size.N

@@ -453,8 +453,8 @@ IMPLEMENTATION = {
             ode,
             strategies={"compile": ode_compile},
             unsupported={
-                "forward": "The backend's forward mode is a vmap over tangents, and an iteration whose length depends on "
-                "the data has none (`You tried to vmap over Solve, but it does not have vmap support`)."
+                "forward": "Tangents come in batches by vmap, which has no iteration whose length the data decide "
+                "(`You tried to vmap over Solve, but it does not have vmap support`)."
             },
         )
     },
