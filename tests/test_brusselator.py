@@ -238,6 +238,26 @@ def test_what_ode_cannot_solve(monkeypatch):
         adjoint("ode", Ode(5, spread=0.5))
 
 
+def test_what_ode_cannot_solve_in_torch(monkeypatch):
+    """Eager code can say which."""
+    torch = pytest.importorskip("torch")
+    from problems.brusselator import brusselator_torch
+
+    def solve(size):
+        theta, data = ({k: torch.as_tensor(v) for k, v in x.items()} for x in brusselator.ode_inputs(size))
+        return brusselator_torch.ode(theta, data, size)
+
+    with pytest.raises(Diverged, match="step became too small for the tolerance"):
+        solve(Ode(3, B=1e80))
+    with monkeypatch.context() as patch:
+        patch.setattr(brusselator_torch, "MOST_STEPS", 2)
+        with pytest.raises(Diverged, match="did not get there in 100000 steps"):
+            solve(Ode(3))
+    monkeypatch.setattr(brusselator_torch, "MOST_CG", 1)
+    with pytest.raises(Diverged, match="Conjugate gradients did not converge"):
+        solve(Ode(3, spread=0.9))
+
+
 def test_the_tableau():
     """Its order conditions, as Kennedy and Carpenter have them: to order 3 all, of order 4 those without coupling."""
     E, I, b, error = brusselator.kencarp4()  # noqa: E741

@@ -15,10 +15,10 @@ Tasks
            diagonalise lap, with eigenvalues lam = (2 cos(2 pi j/N) + 2 cos(2 pi k/N) - 4) / dx^2: by FFT, or as matrix
            products with Q, the real orthogonal Fourier basis (here in `inplace` and `loops`). Step n = 0, 1, ... is forced
            when n >= ceil(1.1 / dt), counted in integers. Loss = sum of (1 - u)^2 / 2 over t = 0, save, ..., T.
-    ude    a universal differential equation (Rackauckas et al., arXiv 2001.04385; SciMLSensitivity's Brusselator): in the
-           steps of imex the network W2 tanh(W1 (U, V) + b1) + b2, 16 hidden units, stands for U^2 V, the same in every
-           cell. theta is its 65 numbers, gold. Loss = mean of (u - target)^2 over t = 0, save, ..., T, both fields and all
-           cells, target being the trajectory with the true U^2 V; A = 3.4, B = 1.
+    ude    a universal differential equation (Rackauckas et al., arXiv 2001.04385; SciMLSensitivity's Brusselator): in
+           the steps of imex the network W2 tanh(W1 (U, V) + b1) + b2, 16 hidden units, stands for U^2 V, the same in
+           every cell. theta is its 65 numbers, gold. Loss = mean of (u - target)^2 over t = 0, save, ..., T, both fields
+           and all cells, target being the trajectory with the true U^2 V; A = 3.4, B = 1.
     implicit  the same loss after steps of backward Euler, w - u - dt f(w, t + dt) = 0, which ten times the dt does not
            upset: step n is forced when n + 1 >= ceil(1.1 / dt). Newton from w = u, each iteration one linear solve with
            J = 1 - dt f'(w), sparse here, dense in `inplace` and `loops`. Once an update is below the root of the rounding
@@ -36,9 +36,9 @@ What they ask of AD: the thread's world 2. As loops: scalar code that mutates du
 seven shifted copies of the field. The whole derivative of rhs is a stencil again, so memory traffic is the measure. imex
 is "the middle": a long loop over buffers with a linear solve in it, an FFT that some tools cannot enter, and alpha inside
 the solve, so that dL/dalpha goes through S. With alpha = 10 the field is so smooth that dL/dalpha is 2e-4 of dL/dA.
-ode asks what to differentiate: the steps that a solver took, or the equation that it solved. ude is the middle in its
-purest form, a network's products of matrices in a loop over stencils and buffers: 16 tanh a cell and step are its cost, and
-what they leave for the way back, 128 bytes, is eight times the state.
+ude is the middle in its purest form, a network's products of matrices in a loop over stencils and buffers: 16 tanh a cell
+and step are its cost, and what they leave for the way back, 128 bytes, is eight times the state.
+ode asks what to differentiate: the steps that a solver took, or the equation that it solved.
 """
 
 from math import ceil

@@ -236,8 +236,8 @@ def reaction(u, A, B, force):
 
 
 def ode(theta, data, size):
-    """The reaction is Enzyme's; the steps, and the solves with their rule, are JAX's. All of it as one kernel, ode_kernel, is
-    a primal like any other, but its reverse pass was not compiled after minutes."""
+    """The reaction is Enzyme's; the steps, and the solves with their rule, are JAX's. All of it as one kernel, ode_kernel,
+    is a primal like any other, but its reverse pass was not compiled after minutes."""
     return brusselator_jax.ode(theta, data, size, reaction)
 
 

@@ -163,8 +163,8 @@ def ude(theta, data, size, explicit=explicit_given, diffuse=diffuse):
 
 
 def ude_checkpoint(theta, data, size):
-    """The network is run again on the way back, as by hand: 0.7 and 0.36 of the time of storing its hidden values at N = 16
-    and 32, where one state a sample takes 0.9 and 0.57."""
+    """The network is run again on the way back, as by hand: 0.7 and 0.35 of the time of storing its hidden values at
+    N = 16 and 32, where one state a sample takes 0.9 and 0.57."""
     return ude(theta, data, size, jax.checkpoint(explicit_given))
 
 

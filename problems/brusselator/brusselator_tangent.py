@@ -61,8 +61,8 @@ def imex(theta, data, size, work):
 
 
 def network(U, V, W1, b1, W2, b2, x, y, N):
-    """What stands for U^2 V. There is no stack, and forward mode takes no slice beside another index: x and y, (2, 1), are
-    (1, 0) and (0, 1)."""
+    """What stands for U^2 V. There is no stack, and forward mode takes no slice beside another index: x and y, (2, 1),
+    are (1, 0) and (0, 1)."""
     u = np.dot(x, np.reshape(U, (1, N * N))) + np.dot(y, np.reshape(V, (1, N * N)))
     z = np.tanh(np.dot(W1, u) + np.reshape(b1, (brusselator.HIDDEN, 1)))
     return np.reshape(np.dot(W2, z) + b2, (N, N))
