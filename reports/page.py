@@ -57,6 +57,7 @@ class Page:
     strategies: list[tuple[str, str, str]]
     statuses: list[tuple[str, str]]
     rewriting: list[tables.Rewriting]
+    wanted: list[tables.Wanted]
     all_cores: tables.AllCores | None
     provenance: tuple[list[str], list[list[str]]]
     noise: str
@@ -81,6 +82,7 @@ def build(runs: list[Run], rows: pd.DataFrame) -> Page:
         strategies=words.strategies(rows),
         statuses=list(words.STATUSES.items()),
         rewriting=tables.rewriting(runs, rows),
+        wanted=tables.wanted(rows),
         all_cores=tables.all_cores(runs, rows),
         provenance=words.provenance(runs),
         noise=words.noise(rows),

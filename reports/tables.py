@@ -17,6 +17,7 @@ from reports.words import amount, error, names, ratio, seconds
 
 SETTING = ["reference", "device", "dtype", "threads"]  # never mixed in one table or picture
 PLACE = ["task", "size", *SETTING[1:]]  # where two cells can be compared
+AROUND = ("backsolve", "interpolating", "quadrature", "sensitivity")
 NOT_AD = ("adjoint", *cells.APPROXIMATE_OR_SLOW)
 HOST = ("cpu", "float64", 1)  # what the bandwidth floor is measured for
 ENOUGH = 0.8  # of the copy's rate: below it the triad is no floor
@@ -79,6 +80,16 @@ class Headline:
     """What others published of a task, and beside it what was measured here."""
 
     caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Where the exact derivative of a program is not that of its equations: a table, and what to do."""
+
+    title: str
+    about: str
     columns: list[str]
     rows: list[list[str]]
 
@@ -177,6 +188,8 @@ def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> di
         "judge": record.judge,
         "loss": record.loss,
         "loss_error": record.loss_error,
+        "gradient_norm": sum(b.norm or 0.0 for b in record.blocks.values()) if record.blocks else None,
+        "reference_norm": sum(b.reference_norm or 0.0 for b in record.blocks.values()) if record.blocks else None,
         "gradient_entries": sum(b.size for b in record.blocks.values()) if record.blocks else None,
         "lines": record.lines,
         "changed": record.changed,
@@ -381,6 +394,59 @@ def _nearest_way(rows: pd.DataFrame, task: str, library: str) -> list[str]:
         return ["", "", ""]
     best = part.sort_values(["changed", "derivative_min_s"]).iloc[0]
     return [f"{best.changed} of {best.lines}", str(best.way), ratio(best.derivative_over_adjoint)]
+
+
+def wanted(rows: pd.DataFrame) -> list[Wanted]:
+    """Of what the ledger has: loops that stop early, and adjoints around a solver."""
+    one = rows.loc[(rows.status == "ok") & (rows.device == "cpu") & (rows.dtype == "float64") & (rows.threads == 1)]
+    found = []
+    if early := [row for name, part in one.groupby("task") for row in _stopped_early(str(name), part)]:
+        found.append(
+            Wanted(
+                "A loop that stops at a tolerance",
+                "The program's own derivative lags behind its solution: an iteration that changes the solution by less than the "
+                "tolerance may still change the derivative by a hundred times as much. The implicit function theorem takes the "
+                "derivative at the point where the loop stopped, and is off by what the solution is off. So use `implicit`, or "
+                "converge further than the solution needs. Errors are relative to the derivative of the converged solution.",
+                ["task", "size", "program", "off", "implicit function theorem", "off "],
+                early,
+            )
+        )
+    solved = one.loc[(one.reference == "continuous") & ~one.strategy.isin(cells.APPROXIMATE_OR_SLOW)]
+    if solved.strategy.isin(AROUND).any():
+        have = solved[solved.strategy.isin(AROUND)][["task", "size"]].drop_duplicates()
+        beside = solved.merge(have, on=["task", "size"]).sort_values(["task", "axis_value", "size_keys", "error"])
+        found.append(
+            Wanted(
+                "Through the solver, or around it",
+                "The same solution, differentiated step by step (discrete: exact for the steps that were taken, and as good as "
+                "they are) or by an adjoint equation that a solver integrates with an error of its own (`backsolve` runs the "
+                "solution backwards beside it and stores nothing; `interpolating` stores it). Where the steps' lengths are "
+                "differentiated with them, that is in the error too. Errors are relative to the derivative of the solution.",
+                ["task", "size", "way", "derivative", "error", "solver"],
+                [
+                    [r.task, r.size_keys, f"`{r.way}`", seconds(r.derivative_median_s), error(r.error), r.solver]
+                    for r in beside.itertuples()
+                ],
+            )
+        )
+    return found
+
+
+def _stopped_early(name: str, part: pd.DataFrame) -> list[list[str]]:
+    """A row a size of a task that says where its loop has converged, of one number to differentiate by."""
+    task = known(*name.split(".", 1))
+    if not (task and task.converged) or part.gradient_entries.max() != 1:
+        return []
+    found = []
+    for size in sizes(part):
+        here = part.loc[part["size"] == size].sort_values("derivative_median_s")
+        root, program = (here.loc[here.strategy.isin(s)] for s in (("implicit",), ("adjoint", "reverse", "tape")))
+        if len(root) and len(program):
+            at, by = root.iloc[0], program.iloc[0]
+            off = error(abs(by.gradient_norm / at.reference_norm - 1))
+            found.append([name, str(at.size_keys), f"`{by.way}`", off, f"`{at.way}`", error(at.error)])
+    return found
 
 
 def all_cores(runs: list[Run], rows: pd.DataFrame) -> AllCores | None:

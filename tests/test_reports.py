@@ -473,6 +473,31 @@ def test_time_against_error_is_drawn_from_three_tolerances_on(report, tmp_path):
     assert "error of the worst block" in svg and "numba/adjoint" in svg
 
 
+def test_a_loop_that_stops_early_stands_beside_its_root(report):
+    """The program's derivative is 1 % off that of the root, the implicit function theorem's error is the recorded one."""
+    keys = {"N": 50, "steps": 10, "tol": 1e-4}
+
+    def loop(way, norm, reference, error):
+        blocks = {"lnA": {"size": 1, "norm": norm, "dot_gold5": 0.0, "error": error, "reference_norm": reference}}
+        blocks["lnA"]["reference_nonzero"] = 1.0
+        return cell(f"shallow_ice.pseudo_transient/{way}@small", 1e-3, keys=keys, blocks=blocks, error=error)
+
+    markdown, html, _ = report([loop("numba/adjoint", 1.98, 1.98, 1e-13), loop("jax/implicit", 2.0, 2.0, 3e-5)])
+    part = markdown.split("### A loop that stops at a tolerance")[1].split("\n\n")
+    row = [x.strip() for x in part[2].splitlines()[-1].strip("|").split("|")]
+    assert row[2:] == ["`numba/adjoint`", "1.0e-02", "`jax/implicit`", "3.0e-05"]
+    assert 'id="wanted"' in html
+
+
+def test_around_the_solver_stands_beside_through_it(report):
+    records = [solved("numba/adjoint", 8, 1e-3), solved("torch/reverse", 17, 1e-3)]
+    assert "Through the solver, or around it" not in report(records)[0]
+    markdown, *_ = report([*records, solved("jax/backsolve", 8, 2e-3, error=4e-2)])
+    part = markdown.split("### Through the solver, or around it")[1].split("## ")[0]
+    assert [way in part for way in ("numba/adjoint", "jax/backsolve", "torch/reverse")] == [True, True, False]
+    assert part.index("numba/adjoint") < part.index("jax/backsolve")  # by error
+
+
 def test_same_ledger_same_bytes(report, tmp_path):
     def everything():
         report()

@@ -849,5 +849,6 @@ TASKS = {
         lower={"N": 4},
         check=pseudo_transient_check,
         converged={"tol": CONVERGED},
+        tolerances=tuple({"N": 50, "tol": tol} for tol in (1e-2, 1e-3, 1e-5, 1e-6, 1e-8)),
     ),
 }
