@@ -326,25 +326,30 @@ def by_waves(Q, M, r):
     return (waves @ Q.T).mT @ Q.T
 
 
+def dot(x, y):
+    return torch.dot(x.reshape(-1), y.reshape(-1)).item()
+
+
 def cg(g, M, Q, b, tolerance):
-    """S^-1 b, until the energy of the error, res M^-1 res, is tolerance^2 of that of the solution."""
+    """S^-1 b, until the energy of the error, res M^-1 res, is tolerance^2 of that of the solution. Numbers are Python's, so
+    that each line of a field is one operation."""
     y, res = torch.zeros_like(b), b
     p = z = by_waves(Q, M, res)
-    rz = torch.sum(b * z)
+    rz = dot(b, z)
     for _ in range(MOST_CG):
         if rz == 0:
             return y + z
         x = g * p
         Sp = p - g * (x.roll(1, 1) + x.roll(-1, 1) + x.roll(1, 2) + x.roll(-1, 2))
-        step = rz / torch.sum(p * Sp)
-        y, res = y + step * p, res - step * Sp
+        step = rz / dot(p, Sp)
+        y, res = torch.add(y, p, alpha=step), torch.sub(res, Sp, alpha=step)
         z = by_waves(Q, M, res)
-        rz, previous = torch.sum(res * z), rz
-        if rz <= tolerance**2 * torch.sum(y * b):
+        rz, previous = dot(res, z), rz
+        if rz <= tolerance**2 * dot(y, b):
             return y + z
         if not isfinite(rz):
             return nan * b  # a step that is too long
-        p = z + rz / previous * p
+        p = torch.add(z, p, alpha=rz / previous)
     raise unsolved()
 
 
