@@ -10,6 +10,8 @@ import numpy as np
 
 from backends import Backend
 
+INTEGRATORS = ("CvodesInterface", "IdasInterface")  # what CasADi differentiates by an adjoint equation
+
 
 class CasADi(Backend):
     requires = ("casadi", "numpy", "scipy")
@@ -47,7 +49,7 @@ class CasADi(Backend):
 
     def interpolating(self, loss):
         """Of a graph whose integrator brings this adjoint."""
-        return self.tape(loss)
+        return self._function(loss, True, around=True)
 
     def interpolating_primal(self, loss):
         return self.primal(loss)
@@ -63,13 +65,13 @@ class CasADi(Backend):
         options = {"compiler": compiler, "flags": ["-O3", "-march=native"]}
         return {"jit": True, "compiler": "shell", "jit_options": options}
 
-    def _function(self, loss, differentiate, options=None):
+    def _function(self, loss, differentiate, options=None, around=False):
         """The graph is built from the shapes at the first call. Buffer() then runs on NumPy's memory without copies."""
         built = []
 
         def call(theta, data):
             if not built:
-                f = self._build(loss, theta, data, differentiate, options or {})
+                f = self._build(loss, theta, data, differentiate, options or {}, around)
                 built.extend([f, *f.buffer()])
             _, buffer, run = built
             arrays = [np.ascontiguousarray(a) for a in (*theta.values(), *data.values()) if a.dtype.kind == "f"]
@@ -85,7 +87,7 @@ class CasADi(Backend):
 
         return call
 
-    def _build(self, loss, theta, data, differentiate, options):
+    def _build(self, loss, theta, data, differentiate, options, around):
         ca = self.casadi
         inputs = [
             {name: ca.MX.sym(name, *storage(a.shape)) for name, a in arrays.items() if a.dtype.kind == "f"}
@@ -97,6 +99,12 @@ class CasADi(Backend):
         value = loss(*inputs)
         blocks = list(inputs[0].values())
         outputs = [value]
+        if differentiate and not around:
+            inside = ca.Function("loss", [*blocks, *inputs[1].values()], outputs).find_functions()
+            if any(f.class_name() in INTEGRATORS for f in inside):
+                raise TypeError(
+                    "this graph holds an integrator, whose reverse is no reverse mode but its adjoint equation"
+                )
         if differentiate:  # all blocks in one reverse pass; a gradient must be dense to be copied out
             outputs += map(ca.densify, ca.reverse([value], blocks, [[ca.MX(1)]])[0])
         return ca.Function("f", [*blocks, *inputs[1].values()], outputs, options)

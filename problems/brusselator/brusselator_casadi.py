@@ -1,4 +1,4 @@
-"""The Brusselator in CasADi: whole arrays (MX), second differences as a sparse matrix, time is a mapaccum.
+"""The Brusselator in CasADi: whole arrays (MX), second differences as a sparse matrix, time is a mapaccum; ode is CVODES's.
 
 Fields come transposed, which a square does not notice: lap and S treat x and y alike.
 """
@@ -7,7 +7,18 @@ import casadi as ca
 import numpy as np
 
 from problems import Implementation
-from problems.brusselator import A_UDE, B_UDE, FORCING, MOST_NEWTON, T_FORCING, clock, eigenvalues, fourier
+from problems.brusselator import (
+    A_UDE,
+    B_UDE,
+    FORCING,
+    MOST_NEWTON,
+    MOST_STEPS,
+    T_FORCING,
+    clock,
+    eigenvalues,
+    fourier,
+    pieces,
+)
 
 UNROLLED = 6  # Newton iterations where each is differentiated: as many in every step, one more than they need
 
@@ -162,9 +173,47 @@ def implicit_root(theta, data, size):
     return implicit(theta, data, size, rootfinder)
 
 
+def ode(theta, data, size):
+    """CVODES (Hindmarsh et al., ACM TOMS 31 (2005) 363): BDF of variable order, Newton with a sparse QR. Its gradient is the
+    adjoint equation, solved on the interpolated solution. It stops where the forcing sets in, and samples by interpolation."""
+    N, D = size.N, second_difference(size.N)
+    x, push = ca.SX.sym("x", 2 * N * N), ca.SX.sym("push", N, N)
+    A, B, alpha1, alpha2 = fields = [ca.SX.sym(name, N, N) for name in ("A", "B", "alpha1", "alpha2")]
+    U, V = ca.horzsplit(ca.reshape(x, N, 2 * N), N)
+    flow = A * U - U * U * V
+    dU = B - U - flow + push + alpha1 * (ca.mtimes(D, U) + ca.mtimes(U, D))
+    dV = flow + alpha2 * (ca.mtimes(D, V) + ca.mtimes(V, D))
+    p = ca.vertcat(*map(ca.vec, [push, *fields]))
+    equation = {"x": x, "p": p, "ode": ca.vec(ca.horzcat(dU, dV))}
+    options = {"reltol": size.rtol, "abstol": size.atol, "max_num_steps": MOST_STEPS}  # its QR is faster than its LU
+    lengths, forced, sampled = pieces(size)
+    u = ca.vec(data["u0"])
+    loss = ca.sumsqr(1 - u) / 2
+    for force in np.unique(forced):
+        here = forced == force
+        solver = ca.integrator("solver", "cvodes", equation, 0, np.cumsum(lengths[here]).tolist(), options)
+        values = FORCING * force * data["disc"], *(theta[name] for name in ("A", "B", "alpha1", "alpha2"))
+        states = ca.horzsplit(solver(x0=u, p=ca.vertcat(*map(ca.vec, values)))["xf"])
+        loss += sum(ca.sumsqr(1 - w) / 2 for w, taken in zip(states, sampled[here], strict=True) if taken)
+        u = states[-1]
+    return loss
+
+
 IMPLEMENTATION = {
     "rhs": {"mx": Implementation(rhs)},
     "imex": {"mx": Implementation(imex, strategies={"tape": imex_flat})},
     "ude": {"mx": Implementation(ude, strategies={"tape": ude_flat})},
     "implicit": {"mx": Implementation(implicit, strategies={"implicit": implicit_root})},
+    "ode": {
+        "cvodes": Implementation(
+            ode,
+            strategies={"interpolating": ode},
+            unsupported={
+                "tape": "The reverse of CVODES is the adjoint equation (`TypeError: this graph holds an integrator`); see "
+                "interpolating.",
+                "compile": "The reverse of CVODES is the adjoint equation (`TypeError: this graph holds an integrator`); see "
+                "interpolating.",
+            },
+        )
+    },
 }
