@@ -17,6 +17,10 @@ from harness.source import changed, lines
 ENOUGH_S = 30.0
 
 
+class Crowded(Exception):
+    """The cell ran out of memory that a cell beside it holds; alone it may not."""
+
+
 def measure(
     cell: Cell, *, budget: float, number: int, limit: float, least: int = 3, cpus: list[int] | None = None
 ) -> CellRecord:
@@ -47,6 +51,8 @@ def measure(
         measured += last.get("measured_s") or (
             last["wall_s"] if last["status"] in ("timeout", "oom", "crashed") else 0.0
         )
+        if last.get("crowded"):
+            raise Crowded
         if last["status"] != "ok":
             found = []
             break
@@ -134,6 +140,7 @@ def key(cell: Cell) -> str:
         ROOT / "problems/__init__.py",
         ROOT / f"backends/{cell.backend}_backend.py",
         ROOT / "backends/__init__.py",
+        ROOT / "backends/numba_math.py",
     ]
     files += sorted((ROOT / "harness").glob("*.py"))
     digest = hashlib.sha256()

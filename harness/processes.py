@@ -77,7 +77,7 @@ def cpus(threads: int) -> list[int]:
 
 def lanes(of: Iterable[int] | None = None) -> list[list[int]]:
     """Where two cells of one thread each may be at once: a processor of each of the last two cores, never two of one core.
-    Of those side by side one at a time takes samples (cell_protocol.turn), so that more lanes would gain little."""
+    One at a time takes samples (cell_protocol.turn), so that more lanes would gain little."""
     cores = {}
     for cpu in everywhere() if of is None else of:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")

@@ -128,7 +128,7 @@ def _gradients(cell: Cell, sizes: list[tuple], library: str, strategy: str) -> l
         {**_at(cell, size), "save": str(path)} for size, path in zip(sizes, paths, strict=True) if not path.exists()
     ]
     spec = _spec(cell) | {"backend": library, "strategy": strategy, "form": form, "sizes": jobs}
-    spec["code"] = str(code_folder(cell.problem, library))
+    spec["code"] = str(code_folder(cell, library))
     _compute("gradient", spec, backend(library).environ(1), paths)
     return [str(path) for path in paths]
 
@@ -180,9 +180,10 @@ def _path(kind: str, cell: Cell, size: tuple, library: str) -> Path:
     return cache_folder() / f"{cell.problem}.{cell.task}-{kind}-{digest[:20]}.npz"
 
 
-def code_folder(problem: str, library: str) -> Path:
-    """Where a library may keep what it compiled of a problem, named by content too."""
-    return cache_folder() / f"{problem}-{library}-{_content(problem, library)[:20]}"
+def code_folder(cell: Cell, library: str) -> Path:
+    """Where a library may keep what it compiled for a task, named by content too. One a task, because tasks are compiled side
+    by side."""
+    return cache_folder() / f"{cell.name}-{library}-{_content(cell.problem, library)[:20]}"
 
 
 def _content(problem: str, library: str) -> str:
@@ -195,7 +196,8 @@ def _content(problem: str, library: str) -> str:
 
 
 def _library_files(problem: str, library: str) -> list[Path]:
-    files = [ROOT / "backends" / f"{library}_backend.py", implementation_file(problem, library)]
+    own = ROOT / "backends" / f"{library}_backend.py", implementation_file(problem, library)
+    files = [*own, ROOT / "backends/numba_math.py"]
     return [f for f in files if library and f.is_file()]
 
 

@@ -19,7 +19,7 @@ from harness import PROTOCOL, UserError
 from harness.cells import APPROXIMATE_OR_SLOW, SIZES, Cell, backend, backends, cells, known_status, tasks
 from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
 from harness.machine import commit, lock_hash, machine, machine_class
-from harness.measure import as_is, key, measure, measure_floor, record
+from harness.measure import Crowded, as_is, key, measure, measure_floor, record
 from harness.processes import STOP, everywhere, lanes
 from harness.reference import NoReference, entries, reference
 from harness.statistics import summary
@@ -30,15 +30,16 @@ class Preset:
     sizes: tuple[str, ...]
     ways: str  # "main": natural form, main strategy; "each": every strategy, every form, not crossed; "all": crossed
     sweep: bool
+    lanes: bool  # a cell is prepared and compiled beside another that takes its samples: quicker, and noisier
     budget: float
     processes: int
     limit: float  # seconds of the first call
 
 
 PRESETS = {
-    "quick": Preset(("small",), "main", False, budget=0.3, processes=1, limit=20.0),
-    "default": Preset(("small", "large"), "each", False, budget=0.5, processes=1, limit=60.0),
-    "full": Preset(SIZES, "all", True, budget=2.0, processes=3, limit=600.0),
+    "quick": Preset(("small",), "main", sweep=False, lanes=True, budget=0.3, processes=1, limit=20.0),
+    "default": Preset(("small", "large"), "each", sweep=False, lanes=False, budget=0.5, processes=1, limit=60.0),
+    "full": Preset(SIZES, "all", sweep=True, lanes=False, budget=2.0, processes=3, limit=600.0),
 }
 
 DISTURBED = 1.25  # times the calm kernel; idle, the cells of a run differ by 0.1
@@ -87,7 +88,8 @@ def _sweep(pattern: str) -> Iterable[Cell]:
     for cell in cells(pattern + "@small"):
         if cell.strategy not in APPROXIMATE_OR_SLOW:
             task = tasks(cell.problem)[cell.task]
-            for size in (*task.sweep, *task.tolerances):
+            implicit = cell.strategy == "implicit" and task.converged  # goes to the root whatever the tolerance
+            for size in (*task.sweep, *(() if implicit else task.tolerances)):
                 yield replace(cell, size=",".join(f"{k}={v}" for k, v in size.items()))
 
 
@@ -143,7 +145,8 @@ def resume() -> tuple[Writer, Context, Run]:
 def go(writer: Writer, context: Context, before: Run | None, console: Console) -> list[CellRecord]:
     """Measure what the plan has and the file has not; returns all its records.
 
-    Cells of one thread are prepared and compiled in two lanes and take their samples in turn; the others run alone.
+    One cell runs at a time, but in a quick run, whose cells of one thread are prepared and compiled in two lanes and take
+    their samples in turn.
     """
     began = time.monotonic()
     known = {c.address: c for address in context.plan for c in cells(address)}
@@ -157,6 +160,8 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
     _references(todo, console)
     _floors(writer, context, before, [known[a] for a in context.plan], console)
 
+    crowded: list[Cell] = []  # out of memory because of the one beside it: again, alone
+
     def each(some: list[Cell], lanes: Sequence[list[int] | None], then: Callable[[CellRecord], None]) -> None:
         """Measures some cells side by side in the lanes, or one after the other where a cell says; `then` as they end."""
         began, bar = time.monotonic(), progress.add_task("", total=len(some), left="")
@@ -164,17 +169,21 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
         for cpus in lanes:
             free.put(cpus)
 
-        def step(cell: Cell) -> CellRecord:
+        def step(cell: Cell) -> CellRecord | None:
             cpus = free.get()
             progress.update(bar, description=cell.address)
             try:
                 return _measure(cell, context, records, cpus)
+            except Crowded:
+                crowded.append(cell)
+                return None
             finally:
                 free.put(cpus)
 
         with _side_by_side(len(lanes)) as pool:
             for k, future in enumerate(as_completed([pool.submit(step, cell) for cell in some]), 1):
-                then(future.result())
+                if found := future.result():
+                    then(found)
                 left = (time.monotonic() - began) / k * (len(some) - k)
                 progress.update(bar, completed=k, left=f"about {_duration(left)} left")
 
@@ -185,9 +194,10 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as progress:
+        side_by_side = lanes() if PRESETS[context.preset].lanes else [None]
         beside, alone = ([c for c in todo if (c.threads == 1 and c.device == "cpu") == one] for one in (True, False))
-        each(beside, lanes(), keep)
-        each(alone, [None], keep)
+        each(beside, side_by_side, keep)
+        each(alone + crowded, [None], keep)
         if PRESETS[context.preset].ways != "main":
             before_again = disturbance(list(records.values()))
             again = [known[a] for a, d in before_again.items() if d > DISTURBED and records[a].wall_s < AGAIN_S]
@@ -203,7 +213,9 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
     measured = sum(r.measured_s for r in records.values())
     now = datetime.now(UTC).isoformat(timespec="seconds")
     writer.append(End(finished=now, wall_s=wall, measured_s=measured))
-    share, where = measured / max(wall, 1e-9) / len(lanes()), f" in each of {len(lanes())} lanes" * (len(lanes()) > 1)
+    share, where = measured / max(wall, 1e-9) / len(side_by_side), ""
+    if len(side_by_side) > 1:
+        where = f" in each of {len(side_by_side)} lanes"
     console.print(
         f"{len(records)} cells in {_duration(wall)}, {share:.0%} of it inside first and measured calls{where}."
     )
@@ -238,7 +250,7 @@ def _shared(r: CellRecord) -> float:
 
 
 def _references(todo: list[Cell], console: Console) -> None:
-    """All judges first, tasks side by side, so that a cell has only the next cell beside it."""
+    """All judges first, tasks side by side: they are not timed, and nothing may run beside a cell that is."""
     by_task: dict[str, list[Cell]] = {}
     for cell in todo:
         if not known_status(cell)[0]:

@@ -70,7 +70,7 @@ class Task:
     asks: str = "gradient"  # or jvp, hvp, jacobian
     reference: str = "discrete"  # or continuous: never both in one table
     exact: Callable | None = None  # of a continuous task
-    tolerances: tuple[dict[str, float], ...] = ()  # sizes of the full preset, for the figure of time against error
+    tolerances: tuple[dict[str, float], ...] = ()  # sizes of the full preset that differ in how far a solver goes
     published: Published | None = None
     # the size's keys where a loop ends at its root, by which `implicit` is judged
     converged: Mapping[str, float] = field(default_factory=dict)

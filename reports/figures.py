@@ -149,7 +149,7 @@ def work_precision(rows: pd.DataFrame) -> str:
     asked = ok.groupby("problem").rtol.nunique()
     if asked.max() is pd.NA or not asked.max() >= 3:
         return ""
-    ok = ok.loc[ok.problem == asked.idxmax()].sort_values("rtol").drop_duplicates(["way", "rtol"])
+    ok = ok.loc[ok.problem == asked.idxmax()].sort_values("rtol").drop_duplicates(["way", "size"])
     at = str(asked.idxmax()).replace("=", " = ").replace(",", ", ")
     return _against(ok, "error", "error of the worst block", f"{rows.task.iloc[0]}, {at}: time of the derivative")
 
@@ -181,7 +181,7 @@ def _against(ok: pd.DataFrame, x: str, label: str, title: str, bytes_: bool = Fa
         ax.set_title(title, loc="left", size=9, pad=12)
         ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
         if bytes_:
-            ax.xaxis.set_major_locator(LogLocator(32.0))
+            ax.xaxis.set_major_locator(LogLocator(4.0, numticks=7))
             ax.xaxis.set_minor_locator(NullLocator())
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(x)))
         ends = [(float(x), y, way) for x, y, way in zip(last[x], last.derivative_median_s, last.way, strict=True)]

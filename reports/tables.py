@@ -4,6 +4,7 @@ Ratios are of minima, and only of cells at the same task, size, device, dtype an
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -188,8 +189,8 @@ def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> di
         "judge": record.judge,
         "loss": record.loss,
         "loss_error": record.loss_error,
-        "gradient_norm": sum(b.norm or 0.0 for b in record.blocks.values()) if record.blocks else None,
-        "reference_norm": sum(b.reference_norm or 0.0 for b in record.blocks.values()) if record.blocks else None,
+        "gradient_norm": _norm(b.norm for b in (record.blocks or {}).values()),
+        "reference_norm": _norm(b.reference_norm for b in (record.blocks or {}).values()),
         "gradient_entries": sum(b.size for b in record.blocks.values()) if record.blocks else None,
         "lines": record.lines,
         "changed": record.changed,
@@ -203,6 +204,12 @@ def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> di
         "finished": record.finished,
         "run": run,
     }
+
+
+def _norm(blocks: Iterable[float | None]) -> float | None:
+    """Of all blocks together; None where one has none."""
+    found = list(blocks)
+    return sum(n**2 for n in found if n is not None) ** 0.5 if found and None not in found else None
 
 
 def _error_of_all(record: CellRecord) -> float | None:
@@ -331,8 +338,9 @@ def headline(part: pd.DataFrame, published: Published) -> Headline | None:
         ("fastest AD", here[~here.strategy.isin(NOT_AD)]),
     ):
         if len(some):
-            way, times = some.way.iloc[0], best / some.derivative_median_s.iloc[0]
-            said += f" At {axis} = {last:g} the {what}, `{way}`, takes 1/{times:.0f} of the quickest published."
+            way, times = some.way.iloc[0], some.derivative_median_s.iloc[0] / best
+            times = f"1/{1 / times:.0f}" if times < 0.5 else ratio(times)
+            said += f" At {axis} = {last:g} the {what}, `{way}`, takes {times} of the time of the quickest published."
     columns = [
         "method",
         *(f"{axis} = {x:g}" for x in places),
@@ -405,10 +413,10 @@ def wanted(rows: pd.DataFrame) -> list[Wanted]:
             Wanted(
                 "A loop that stops at a tolerance",
                 "The program's own derivative lags behind its solution: an iteration that changes the solution by less than the "
-                "tolerance may still change the derivative by a hundred times as much. The implicit function theorem takes the "
-                "derivative at the point where the loop stopped, and is off by what the solution is off. So use `implicit`, or "
-                "converge further than the solution needs. Errors are relative to the derivative of the converged solution.",
-                ["task", "size", "program", "off", "implicit function theorem", "off "],
+                "tolerance may still change the derivative by a hundred times as much. So converge further than the solution "
+                "needs, or use `implicit`, which here iterates on to the root, whatever tolerance the size says, and applies the "
+                "implicit function theorem there. Errors are relative to the derivative of the converged solution.",
+                ["task", "size", "program", "off", "at the root", "off "],
                 early,
             )
         )
@@ -438,15 +446,21 @@ def _stopped_early(name: str, part: pd.DataFrame) -> list[list[str]]:
     task = known(*name.split(".", 1))
     if not (task and task.converged) or part.gradient_entries.max() != 1:
         return []
+    roots = part.loc[part.strategy == "implicit"].sort_values("derivative_median_s")
+    programs = part.loc[part.strategy.isin(("adjoint", "reverse", "tape"))].sort_values("derivative_median_s")
     found = []
-    for size in sizes(part):
-        here = part.loc[part["size"] == size].sort_values("derivative_median_s")
-        root, program = (here.loc[here.strategy.isin(s)] for s in (("implicit",), ("adjoint", "reverse", "tape")))
-        if len(root) and len(program):
-            at, by = root.iloc[0], program.iloc[0]
-            off = error(abs(by.gradient_norm / at.reference_norm - 1))
-            found.append([name, str(at.size_keys), f"`{by.way}`", off, f"`{at.way}`", error(at.error)])
+    for _, program in programs.drop_duplicates("size").sort_values("cell").iterrows():
+        root = roots.loc[_but(roots, task.converged) == _but(program.to_frame().T, task.converged).iloc[0]]
+        if len(root):
+            at = root.iloc[0]
+            off = error(abs(program.gradient_norm / at.reference_norm - 1))
+            found.append([name, str(program.size_keys), f"`{program.way}`", off, f"`{at.way}`", error(at.error)])
     return found
+
+
+def _but(part: pd.DataFrame, keys: Iterable[str]) -> pd.Series:
+    """The sizes without some of their keys."""
+    return part.size_keys.str.replace(rf"(^|,)({'|'.join(keys)})=[^,]*", "", regex=True)
 
 
 def all_cores(runs: list[Run], rows: pd.DataFrame) -> AllCores | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cells import backend, modules
+from harness.cells import backend, cells, modules
 from harness.reference import code_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,10 +57,11 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once():
-    """Hand adjoints that tests call themselves are compiled for all the tests and references of a suite."""
+    """Hand adjoints that tests call themselves are compiled for all the tests of a suite."""
     for problem in modules("problems"):
         if module := sys.modules.get(f"problems.{problem}.{problem}_numba"):
-            backend("numba")("cpu").keep_compiled(module, str(code_folder(problem, "numba")))
+            first = next(cells(f"{problem}.*/numba/adjoint@tiny"))
+            backend("numba")("cpu").keep_compiled(module, str(code_folder(first, "numba")))
 
 
 class Tree:

@@ -69,7 +69,7 @@ class Server:
         self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environ, text=True)
 
     def measure(self, c):
-        spec = spec_of(c, reference(c), budget=0.01, least=1) | {"code": str(code_folder(c.problem, c.backend))}
+        spec = spec_of(c, reference(c), budget=0.01, least=1) | {"code": str(code_folder(c, c.backend))}
         self.process.stdin.write(json.dumps(spec) + "\n")
         self.process.stdin.flush()
         limit = LIMIT_S if backend(c.backend).env == "main" else OWN_LIMIT_S
@@ -114,11 +114,11 @@ def is_ok(result):
 @pytest.mark.parametrize("c", TINY, ids=lambda c: c.address)
 def test_every_cell_is_ok_or_says_why_not(c, quickly):
     status, reason = known_status(c)
-    if not os.environ.get("ADPHYS_SLOW"):
-        if not _taken(c, PRESETS["default"].ways):
-            pytest.skip("a second form in a second strategy is a cell of the full preset alone; ADPHYS_SLOW=1 runs it")
-        if (c.backend, c.strategy) == ("torch", "compile") and c.task != next(iter(tasks(c.problem))):
-            pytest.skip("C++ for every task takes minutes, so it is the first of a problem; ADPHYS_SLOW=1 runs all")
+    slow, first = os.environ.get("ADPHYS_SLOW"), next(iter(tasks(c.problem)))
+    if not (slow or _taken(c, PRESETS["default"].ways)):
+        pytest.skip("a second form in a second strategy is a cell of the full preset alone; ADPHYS_SLOW=1 runs it")
+    if not (slow or status) and (c.backend, c.strategy) == ("torch", "compile") and c.task != first:
+        pytest.skip("C++ for every task takes minutes, so it is the first of a problem; ADPHYS_SLOW=1 runs all")
     if status == "unsupported":
         if not is_made(backend(c.backend)):
             pytest.skip(f"the attempt needs the environment {backend(c.backend).env}")
@@ -132,6 +132,7 @@ def test_every_cell_is_ok_or_says_why_not(c, quickly):
 
 # the measure of all others at both, the others at one each
 AT = {"numba/adjoint": (0, 1), "jax/reverse": (0,), "torch/reverse": (1,), "casadi/tape": (1,), "enzyme/reverse": (0,)}
+AT |= {"casadi/interpolating": (1,)}
 
 
 @pytest.mark.parametrize(

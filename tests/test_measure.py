@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import re
 import subprocess
 import time
@@ -408,7 +409,8 @@ def test_of_two_cells_side_by_side_one_takes_samples(faults):
 
 
 def test_lanes_share_no_core(monkeypatch):
-    cores = [Path(f"/sys/devices/system/cpu/cpu{lane[0]}/topology/core_id").read_text() for lane in processes.lanes()]
+    lanes = processes.lanes(range(os.cpu_count() or 1))
+    cores = [Path(f"/sys/devices/system/cpu/cpu{lane[0]}/topology/thread_siblings_list").read_text() for lane in lanes]
     assert 1 <= len(cores) <= 2 and len(set(cores)) == len(cores)
     monkeypatch.setattr(processes, "everywhere", lambda: [0])
     assert processes.lanes() == [[0]]
@@ -611,7 +613,6 @@ def test_samples_are_calibrated_to_something_measurable(cost, budget, least):
         patch.setattr(cell_protocol, "clock", clock)
         patch.setattr(cell_protocol, "reference_kernel", lambda: 4e-4)
         patch.setattr(cell_protocol.gc, "collect", lambda: None)  # a tenth of a second in a process of many libraries
-        patch.setattr(cell_protocol.gc, "collect", lambda: None)
         patch.setattr(cell_protocol.time, "perf_counter", lambda: spent[0])
         found = cell_protocol.sample(print, budget, least, cell_protocol.once(print))
     times = cell_protocol.MOST_BUDGETS * budget / cost / found["number"]

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from numpy.linalg import norm
 
+from backends.numba_math import tanh
 from backends.numpy_backend import NumPy
 from problems import BadSize, Diverged, gold, neural_ode, structure
 from problems.neural_ode import TASKS, Ode, Rhs, Rk4, neural_ode_numba
-from problems.neural_ode.neural_ode_numba import IMPLEMENTATION, tanh
+from problems.neural_ode.neural_ode_numba import IMPLEMENTATION
 
 
 def hand(task, size, theta=None):

@@ -220,6 +220,6 @@ def test_a_callback_runs_while_inputs_are_still_on_their_way(tmp_path):
     c = cell("sparse_loss.fem_solve/jax/reverse@large")
     job = {"size": size_of(c)._asdict(), "inputs": inputs(c, size_of(c)), "save": str(tmp_path / "out.npz")}
     spec = {"problem": c.problem, "task": c.task, "dtype": "float64", "device": "cpu"}
-    spec |= {"backend": "jax", "form": c.form, "strategy": "reverse", "sizes": [job]}
+    spec |= {"backend": "jax", "form": c.form, "strategy": "reverse", "sizes": [job], "code": str(tmp_path)}
     said = processes.run("gradient", spec, backend("jax").environ(1), 1, 60.0)
     assert said["status"] == "ok", said["reason"]

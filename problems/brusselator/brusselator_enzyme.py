@@ -17,6 +17,7 @@ from llvmlite.binding import get_host_cpu_name
 from numba import njit
 
 from backends.enzyme_backend import differentiable, output, scratch
+from backends.numba_math import tanh_by_factor as tanh
 from problems import Implementation
 from problems.brusselator import A_UDE, B_UDE, FORCING, T_FORCING, brusselator_jax, clock, eigenvalues, fourier
 from problems.brusselator.brusselator_numba import (
@@ -28,7 +29,6 @@ from problems.brusselator.brusselator_numba import (
     reaction_rows,
     rhs_kernel,
 )
-from problems.neural_ode.neural_ode_enzyme import tanh
 
 
 def rhs(theta, data, size):
@@ -246,5 +246,5 @@ IMPLEMENTATION = {
     "imex": {"fft": Implementation(imex_fft), "loops": Implementation(imex), "cpp": Implementation(imex_cpp)},
     "ude": {"fft": Implementation(ude)},
     "implicit": {"loops": Implementation(implicit)},
-    "ode": {"loops": Implementation(ode)},
+    "ode": {"scan": Implementation(ode)},
 }

@@ -276,7 +276,7 @@ def cg(S, M, b, tolerance):
     return jnp.where(done, y + z, jnp.nan)
 
 
-def ode(theta, data, size, reaction=reaction):
+def ode(theta, data, size, reaction=reaction, remat=lambda f: f):
     """KenCarp4 in a scan as long as any course of steps may be, of which those past the end do nothing. How long a step is,
     and whether it is taken, is not differentiated; of a solve neither."""
     A, B, u0, disc, N = theta["A"], theta["B"], data["u0"], data["disc"], size.N
@@ -346,11 +346,16 @@ def ode(theta, data, size, reaction=reaction):
         return jnp.where(taken, new, u), piece + last, left, lax.stop_gradient(h), loss
 
     def step(carry, _):
-        return lax.cond((carry[1] < count) & (carry[3] >= SHORTEST), attempt, lambda carry: carry, carry), None
+        return lax.cond((carry[1] < count) & (carry[3] >= SHORTEST), remat(attempt), lambda carry: carry, carry), None
 
     start = u0, jnp.array(0), lengths[0], FIRST * lengths[0], misfit(u0)
     (_, piece, _, _, loss), _ = lax.scan(step, start, length=attempts(size))
     return jnp.where(piece == count, loss, jnp.nan)
+
+
+def ode_checkpoint(theta, data, size):
+    """The state of every step is kept."""
+    return ode(theta, data, size, remat=jax.checkpoint)
 
 
 IMPLEMENTATION = {
@@ -360,5 +365,5 @@ IMPLEMENTATION = {
     "implicit": {
         "array": Implementation(implicit, strategies={"checkpoint": implicit_checkpoint, "implicit": implicit_root})
     },
-    "ode": {"array": Implementation(ode)},
+    "ode": {"array": Implementation(ode, strategies={"checkpoint": ode_checkpoint})},
 }

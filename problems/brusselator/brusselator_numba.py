@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from backends.numba_backend import LANES, by_chunks
+from backends.numba_math import tanh
 from problems import Implementation, structure
 from problems.brusselator import (
     A_UDE,
@@ -37,7 +38,6 @@ from problems.brusselator import (
     stiff,
     unsolved,
 )
-from problems.neural_ode.neural_ode_numba import tanh
 
 # all but that numbers are finite: by that ode refuses a step that is too long
 FAST = {"reassoc", "contract", "arcp", "nsz", "afn"}

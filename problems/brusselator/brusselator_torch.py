@@ -108,14 +108,14 @@ class Diffuse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(inputs[2], output[2])
+        ctx.save_for_backward(inputs[2], output[2] if ctx.needs_input_grad[2] else None)
 
     @staticmethod
     def backward(ctx, Ub, Vb, _):
         g, waves = ctx.saved_tensors
         y = torch.fft.fft2(torch.complex(Ub, Vb))
         r = torch.fft.ifft2(g * y)
-        return r.real, r.imag, (y.real * waves.real + y.imag * waves.imag) / g.numel()
+        return r.real, r.imag, None if waves is None else (y.real * waves.real + y.imag * waves.imag) / g.numel()
 
 
 def diffuse_rule(U, V, g):
@@ -380,7 +380,7 @@ def combined(u, slopes, weights):
     return u
 
 
-def ode(theta, data, size, reaction=reaction):
+def ode(theta, data, size, reaction=reaction, keep=lambda attempt: attempt):
     """KenCarp4; how long a step is, and whether it is taken, is not differentiated."""
     A, B, u, disc, N = theta["A"], theta["B"], data["u0"], data["disc"], size.N
     alpha = torch.stack([theta["alpha1"], theta["alpha2"]])
@@ -392,6 +392,7 @@ def ode(theta, data, size, reaction=reaction):
     )
     smooth = symmetric(SMOOTH, fixed, mu)[2]
 
+    @keep
     def attempt(u, dt, force):
         """The state after a step, and its error over what is tolerated."""
         c = I[1][1] * dt
@@ -429,6 +430,11 @@ def ode(theta, data, size, reaction=reaction):
     return loss
 
 
+def ode_checkpoint(theta, data, size):
+    """The state of every step is kept."""
+    return ode(theta, data, size, keep=checkpointed)
+
+
 def ode_compile(theta, data, size):
     return ode(theta, data, size, compiled(reaction))
 
@@ -456,7 +462,7 @@ IMPLEMENTATION = {
     "ode": {
         "array": Implementation(
             ode,
-            strategies={"compile": ode_compile},
+            strategies={"checkpoint": ode_checkpoint, "compile": ode_compile},
             unsupported={
                 "forward": "Tangents come in batches by vmap, which has no iteration whose length the data decide "
                 "(`You tried to vmap over Solve, but it does not have vmap support`)."

@@ -2,26 +2,13 @@
 
 from math import ceil
 
-import numpy as np
 from numba import njit
 
 from backends.enzyme_backend import differentiable, scratch
+from backends.numba_math import tanh_by_factor as tanh
 from problems import Implementation
 from problems.neural_ode import SAVES, T, first_step
-from problems.neural_ode.neural_ode_numba import from_bits, kernels, ode_kernels
-
-
-@njit(fastmath={"contract", "nnan", "ninf", "nsz"}, error_model="numpy")
-def tanh(x):
-    """As the one beside the adjoint, but 2^n is a factor of its own: integers carry no derivative."""
-    x = min(max(x, -20.0), 20.0)
-    n = np.floor(x * 2.8853900817779268 + 0.5)
-    r = (x - n * 0.34657359026372431) - n * 1.6248338976343925e-11
-    y = r * r
-    p = r * (1 + y * (4 / 33 + y * (1 / 495)))
-    q = 1 + y * (5 / 11 + y * (2 / 99 + y * (1 / 10395)))
-    s = from_bits((np.int64(n) + 1023) << 52) * (q + p)
-    return (s - (q - p)) / (s + (q - p))
+from problems.neural_ode.neural_ode_numba import kernels, ode_kernels
 
 
 @njit(fastmath=True, error_model="numpy")

@@ -308,7 +308,7 @@ def relax(T0, A, size, iteration=iteration):
     T, V = T0, torch.zeros_like(T0[..., 1:-1, 1:-1])
     for _ in range(most_iterations(size)):
         last, (T, V) = T, iteration(T, V, T0, A, PLATE / size.N)
-        if (T - last).abs().max() < size.tol:
+        if (T - last).detach().abs().max() < size.tol:
             return T
     raise diverged(size)
 
