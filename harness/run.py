@@ -37,7 +37,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(("small",), "main", sweep=False, lanes=True, budget=0.3, processes=1, limit=20.0),
+    "quick": Preset(("small",), "main", sweep=False, lanes=True, budget=0.2, processes=1, limit=20.0),
     "default": Preset(("small", "large"), "each", sweep=False, lanes=False, budget=0.5, processes=1, limit=60.0),
     "full": Preset(SIZES, "all", sweep=True, lanes=False, budget=2.0, processes=3, limit=600.0),
 }

@@ -45,8 +45,8 @@ from math import ceil
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # which imports its parts when they are used: integrate takes a third of a second
 from scipy import fft
-from scipy.integrate import solve_ivp
 from scipy.sparse import csc_array, eye_array, kron
 from scipy.sparse.linalg import splu
 
@@ -396,7 +396,9 @@ def ode_states(theta, data, size):
     for length, forced, sampled in zip(*pieces(size), strict=True):
         force = FORCING * data["disc"] * forced
         tolerances = {"rtol": size.rtol, "atol": size.atol}
-        done = solve_ivp(f, (0, length), packed(u), "Radau", [length], args=(force,), jac=jacobian, **tolerances)
+        done = scipy.integrate.solve_ivp(
+            f, (0, length), packed(u), "Radau", [length], args=(force,), jac=jacobian, **tolerances
+        )
         if not done.success:
             raise stiff()
         u = unpacked(done.y[:, -1])
@@ -500,7 +502,7 @@ def exact(theta, data, size, tolerance=1e-11):
 
     def solve(f, t, y, given, **options):
         tolerances = {"rtol": tolerance, "atol": tolerance, "first_step": 1e-6 * abs(t[1] - t[0])}  # u0 is off balance
-        return solve_ivp(f, t, y.ravel(), "DOP853", args=(given,), **tolerances, **options)
+        return scipy.integrate.solve_ivp(f, t, y.ravel(), "DOP853", args=(given,), **tolerances, **options)
 
     course = [(t, FORCING * data["disc"] * forced, sampled) for t, forced, sampled in zip(*pieces(size), strict=True)]
     states = [data["u0"]]

@@ -27,7 +27,7 @@ which reverse mode must store, bound or run backwards.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.integrate import RK45, solve_ivp
+import scipy  # which imports its parts when they are used: integrate takes a third of a second
 
 from problems import Diverged, Task, gold
 
@@ -65,7 +65,9 @@ def truth():
     t = np.linspace(0, T, SAVES)
     u = [np.array([2.0, 0.0])]
     for i in range(SAVES - 1):
-        solution = solve_ivp(lambda _, u: u**3 @ A, (t[i], t[i + 1]), u[i], "DOP853", rtol=1e-13, atol=1e-14)
+        solution = scipy.integrate.solve_ivp(
+            lambda _, u: u**3 @ A, (t[i], t[i + 1]), u[i], "DOP853", rtol=1e-13, atol=1e-14
+        )
         u.append(solution.y[:, -1])
     return np.stack(u)
 
@@ -99,8 +101,8 @@ def dopri5():
     """Dormand and Prince's (J. Comp. Appl. Math. 6 (1980) 19), as SciPy has it, with Shampine's interpolation of order 4 (Math.
     Comp. 46 (1986) 135); by it the implementations that have no solver of their own take the steps of ode."""
     A = np.zeros((7, 7))
-    A[:6, :5], A[6, :6] = RK45.A, RK45.B
-    return Pair(A, -RK45.E, RK45.P)
+    A[:6, :5], A[6, :6] = scipy.integrate.RK45.A, scipy.integrate.RK45.B
+    return Pair(A, -scipy.integrate.RK45.E, scipy.integrate.RK45.P)
 
 
 def first_step(size):
@@ -154,7 +156,7 @@ def ode_states(theta, data, size):
 
     y0 = u0.ravel() if h == 0 else np.append(u0, np.zeros_like(u0))
     t = np.linspace(0, T, SAVES)
-    solution = solve_ivp(slope, (0, T), y0, "DOP853", t, rtol=size.rtol, atol=size.atol)
+    solution = scipy.integrate.solve_ivp(slope, (0, T), y0, "DOP853", t, rtol=size.rtol, atol=size.atol)
     if not solution.success:
         raise too_small()
     y = solution.y.T.reshape(SAVES, -1, *u0.shape)  # with the imaginary part, where there is one
@@ -192,13 +194,13 @@ def exact(theta, data, size, rtol=1e-13, atol=1e-14):
 
     pieces, u = [], [u0]
     for i in range(1, SAVES):
-        solution = solve_ivp(forward, (t[i - 1], t[i]), u[-1].ravel(), dense_output=True, **names)
+        solution = scipy.integrate.solve_ivp(forward, (t[i - 1], t[i]), u[-1].ravel(), dense_output=True, **names)
         pieces.append(solution.sol)
         u.append(solution.y[:, -1].reshape(u0.shape))
     y = np.zeros(u0.size + sum(block.size for block in theta.values()))
     for i in range(SAVES - 1, 0, -1):
         y[: u0.size] += 2 * (u[i] - target[i]).ravel()
-        y = solve_ivp(back, (t[i], t[i - 1]), y, args=(pieces[i - 1],), **names).y[:, -1]
+        y = scipy.integrate.solve_ivp(back, (t[i], t[i - 1]), y, args=(pieces[i - 1],), **names).y[:, -1]
     blocks = np.split(y[u0.size :], np.cumsum([block.size for block in theta.values()])[:-1])
     return np.sum((np.stack(u) - target[:, None]) ** 2), {
         name: part.reshape(theta[name].shape) for name, part in zip(theta, blocks, strict=True)
