@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from backends import STRATEGIES
 from harness import cells
@@ -151,7 +151,7 @@ def work_precision(rows: pd.DataFrame) -> str:
         return ""
     ok = ok.loc[ok.problem == asked.idxmax()].sort_values("rtol").drop_duplicates(["way", "size"])
     at = str(asked.idxmax()).replace("=", " = ").replace(",", ", ")
-    return _against(ok, "error", "error of the worst block", f"{rows.task.iloc[0]}, {at}: time of the derivative")
+    return _against(ok, "error", "error of the worst block", f"{rows.task.iloc[0]}: time of the derivative\n{at}")
 
 
 def memory(rows: pd.DataFrame) -> str:
@@ -165,7 +165,7 @@ def memory(rows: pd.DataFrame) -> str:
     if saved.empty or saved.max() < 2:
         return ""
     ok = ok.loc[ok["size"] == saved.idxmax()[0]].sort_values("peak_memory_bytes")
-    title = f"{rows.task.iloc[0]}, {size_title(ok)}: time of the derivative"
+    title = f"{rows.task.iloc[0]}: time of the derivative\n{size_title(ok)}"
     return _against(ok, "peak_memory_bytes", "peak memory", title, bytes_=True)
 
 
@@ -175,7 +175,7 @@ def _against(ok: pd.DataFrame, x: str, label: str, title: str, bytes_: bool = Fa
     high = max(3.2, 0.19 * (len(last) + 1))
 
     def draw(fig: Figure) -> None:
-        ax = fig.add_axes((0.7 / 7.6, 0.5 / (high + 0.9), 4.5 / 7.6, high / (high + 0.9)))
+        ax = fig.add_axes((0.7 / 7.6, 0.5 / (high + 1.1), 4.5 / 7.6, high / (high + 1.1)))
         looks = _curves(ax, ok.assign(**{x: ok[x].astype(float)}), x, _palette(ok))
         ax.set(xlabel=label)
         ax.set_title(title, loc="left", size=9, pad=12)
@@ -187,7 +187,7 @@ def _against(ok: pd.DataFrame, x: str, label: str, title: str, bytes_: bool = Fa
         ends = [(float(x), y, way) for x, y, way in zip(last[x], last.derivative_median_s, last.way, strict=True)]
         _labels(ax, ends, looks, 0.18 / high)
 
-    return _svg((7.6, high + 0.9), draw)
+    return _svg((7.6, high + 1.1), draw)
 
 
 def _palette(rows: pd.DataFrame) -> dict[str, str]:
@@ -212,7 +212,9 @@ def _curves(ax: Axes, ok: pd.DataFrame, x: str, palette: dict[str, str]) -> dict
         }
         ax.plot(points[x], points.derivative_median_s, **looks[way], zorder=5 if by_hand else 3)
         ax.vlines(points[x], points.derivative_q1_s, points.derivative_q3_s, color=colour, lw=3, alpha=0.35)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: re.sub(r"\.0+ ", " ", seconds(y))))
+    times, (low, up) = FuncFormatter(lambda y, _: re.sub(r"\.0+ ", " ", seconds(y))), ax.get_ylim()
+    ax.yaxis.set_major_formatter(times)
+    ax.yaxis.set_minor_formatter(times if up < 5 * low else NullFormatter())
     return looks
 
 
