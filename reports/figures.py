@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from backends import STRATEGIES
 from harness import cells
-from reports.tables import Rate, other_keys, size_title
+from reports.tables import Rate, other_keys, size_title, without
 from reports.words import amount, ratio, seconds
 
 INK, FAINT, PAPER = "#1a1b1c", "#87888a", "#fefdfc"
@@ -144,7 +144,7 @@ def work_precision(rows: pd.DataFrame) -> str:
     problem that has most of them; nothing where there are fewer."""
     ok = rows.loc[(rows.status == "ok") & rows.error.gt(0)].assign(
         rtol=rows.size_keys.str.extract(r"(?:^|,)rtol=([^,]*)", expand=False).astype(float),
-        problem=rows.size_keys.str.replace(r"(^|,)[ra]tol=[^,]*", "", regex=True),
+        problem=without(rows, ["rtol", "atol"]),
     )
     asked = ok.groupby("problem").rtol.nunique()
     if asked.max() is pd.NA or not asked.max() >= 3:

@@ -214,12 +214,10 @@ def _norm(blocks: Iterable[float | None]) -> float | None:
 
 def _error_of_all(record: CellRecord) -> float | None:
     """Relative 2-norm error over all entries of all blocks, which large blocks rule."""
-    off = norm = 0.0
-    for block in (record.blocks or {}).values():
-        if block.error is None or block.reference_norm is None:
-            return None
-        off, norm = off + (block.error * block.reference_norm) ** 2, norm + block.reference_norm**2
-    return (off / norm) ** 0.5 if norm else None
+    blocks = [(b.error, b.reference_norm) for b in (record.blocks or {}).values()]
+    off = _norm(None if e is None or norm is None else e * norm for e, norm in blocks)
+    norm = _norm(norm for _, norm in blocks)
+    return off / norm if off is not None and norm else None
 
 
 def _counted(record: CellRecord) -> str:
@@ -265,7 +263,12 @@ def size_title(part: pd.DataFrame) -> str:
 
 def other_keys(part: pd.DataFrame) -> pd.Series:
     """Of one task: the size without the key on the horizontal axis."""
-    return part.size_keys.str.replace(rf"(^|,){part.axis.iloc[0]}=[^,]*", "", regex=True)
+    return without(part, [part.axis.iloc[0]])
+
+
+def without(part: pd.DataFrame, keys: Iterable[str]) -> pd.Series:
+    """The sizes without some of their keys."""
+    return part.size_keys.str.replace(rf"(^|,)({'|'.join(keys)})=[^,]*", "", regex=True)
 
 
 def short_size(part: pd.DataFrame) -> str:
@@ -450,17 +453,12 @@ def _stopped_early(name: str, part: pd.DataFrame) -> list[list[str]]:
     programs = part.loc[part.strategy.isin(("adjoint", "reverse", "tape"))].sort_values("derivative_median_s")
     found = []
     for _, program in programs.drop_duplicates("size").sort_values("cell").iterrows():
-        root = roots.loc[_but(roots, task.converged) == _but(program.to_frame().T, task.converged).iloc[0]]
+        root = roots.loc[without(roots, task.converged) == without(program.to_frame().T, task.converged).iloc[0]]
         if len(root):
             at = root.iloc[0]
             off = error(abs(program.gradient_norm / at.reference_norm - 1))
             found.append([name, str(program.size_keys), f"`{program.way}`", off, f"`{at.way}`", error(at.error)])
     return found
-
-
-def _but(part: pd.DataFrame, keys: Iterable[str]) -> pd.Series:
-    """The sizes without some of their keys."""
-    return part.size_keys.str.replace(rf"(^|,)({'|'.join(keys)})=[^,]*", "", regex=True)
 
 
 def all_cores(runs: list[Run], rows: pd.DataFrame) -> AllCores | None:

@@ -24,6 +24,7 @@ to differentiate: the steps that a solver took, or the equation that it solved; 
 which reverse mode must store, bound or run backwards.
 """
 
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -108,6 +109,12 @@ def dopri5():
 def first_step(size):
     """Of dopri5, before it knows an error."""
     return T * (size.rtol + size.atol) ** 0.2
+
+
+def attempts(size):
+    """Steps of dopri5 at most, refused ones among them, where room must be made for all: four times what the small size takes,
+    by the order of the pair."""
+    return ceil(64 * max(0.25, (2e-9 / (size.rtol + size.atol)) ** 0.2))
 
 
 # array: whole arrays, functional

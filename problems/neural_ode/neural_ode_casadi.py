@@ -1,12 +1,10 @@
 """The neural ODE in CasADi: dense matrices (MX), time is a mapaccum; ode by CVODES, and by steps on the graph."""
 
-from math import ceil
-
 import casadi as ca
 import numpy as np
 
 from problems import Implementation
-from problems.neural_ode import MOST_STEPS, SAVES, T, dopri5, first_step
+from problems.neural_ode import MOST_STEPS, SAVES, T, attempts, dopri5, first_step
 
 
 def f(u, W1, b1, W2, b2):
@@ -90,11 +88,6 @@ def attempt(net, size):
     fixed = {"is_diff_in": [False, False] + [True] * 7 + [False], "is_diff_out": [False, False, True, True, True]}
     ways = ca.Function("attempt", inputs, outputs, fixed), ca.Function("rest", inputs, inputs[:5], fixed)
     return ca.Function.if_else("step", *ways)
-
-
-def attempts(size):
-    """Attempts at most: four times what the small size takes, by the order of the pair."""
-    return ceil(64 * max(0.25, (2e-9 / (size.rtol + size.atol)) ** 0.2))
 
 
 def ode_tape(theta, data, size):

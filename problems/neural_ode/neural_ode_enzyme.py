@@ -1,13 +1,11 @@
 """The neural ODE in Numba for Enzyme: the very loops of the hand-written adjoint's primal, with another tanh."""
 
-from math import ceil
-
 from numba import njit
 
 from backends.enzyme_backend import differentiable, scratch
 from backends.numba_math import tanh_by_factor as tanh
 from problems import Implementation
-from problems.neural_ode import SAVES, T, first_step
+from problems.neural_ode import SAVES, T, attempts, first_step
 from problems.neural_ode.neural_ode_numba import kernels, ode_kernels
 
 
@@ -32,11 +30,6 @@ def rk4(theta, data, size):
     weights, dt = (theta[name] for name in ("W1", "b1", "W2", "b2")), T / (SAVES - 1) / size.m
     buffers = (scratch(shape, dtype) for shape in (5 * H, (n + 1, 2), (n, 2), (n, H)))
     return differentiable(kernel)(*weights, data["u0"], data["target"], size.m, dt, *buffers)
-
-
-def attempts(size):
-    """Steps that are kept: four times what the small size takes, by the order of the pair."""
-    return ceil(64 * max(0.25, (2e-9 / (size.rtol + size.atol)) ** 0.2))
 
 
 def ode(theta, data, size):

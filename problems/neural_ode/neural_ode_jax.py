@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from problems import Implementation
-from problems.neural_ode import SAVES, T, dopri5, first_step
+from problems.neural_ode import SAVES, T, attempts, dopri5, first_step
 
 BLOCK = 8  # attempts that are left out together: each by itself takes 6 us, more than half of the time at small
 
@@ -122,11 +122,6 @@ def ode_stats(theta, data, size):
     return {"steps": steps, "rejected": rejected, "rhs_calls": 6 * (steps + rejected) + 3 * size.b}
 
 
-def attempts(size):
-    """Steps at most, refused ones among them: four times what the small size takes, by the order of the pair."""
-    return BLOCK * ceil(64 / BLOCK * max(0.25, (2e-9 / (size.rtol + size.atol)) ** 0.2))
-
-
 def courses(theta, data, size):
     """Dormand and Prince's pair in a scan as long as any course of steps may be, of which those past the end do nothing. How
     long a step is, and whether it is taken, is not differentiated. Of each member: whether it came to the end, of each attempt
@@ -175,7 +170,7 @@ def courses(theta, data, size):
             return carry, jax.tree.map(lambda x: jnp.broadcast_to(x, (BLOCK, *x.shape)), rest(carry)[1])
 
         start = jnp.zeros((), u0.dtype), jnp.asarray(first_step(size), u0.dtype), u0, f(u0, **theta)
-        (t, *_), out = lax.scan(several, start, length=attempts(size) // BLOCK)
+        (t, *_), out = lax.scan(several, start, length=ceil(attempts(size) / BLOCK))
         begins, ends, dts, outcomes, u, k = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
         n = jnp.searchsorted(ends, times)  # the first step that ends there or later
         x = (times - begins[n]) / dts[n]
