@@ -12,7 +12,7 @@ bench: .venv/installed
 	$(BIN)/adphys report
 
 test: .venv/installed-test lint
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n auto
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

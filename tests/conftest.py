@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,24 @@ def pytest_configure(config):
     if worker and hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cpus[int(worker) % len(cpus)]})
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """pytest -n: one process has all tests of a statement, and one all cells of a library, which is then imported once and
+    compiles once; other tests go where there is room. (xdist's own groups do nothing under this pytest.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            name = Path(file).stem.removeprefix("test_")
+            if name in (*modules("problems"), "enzyme"):
+                return file
+            if name == "conformance" and (library := re.search(r"\[\w+\.\w+/(\w+)", test)):
+                return library[1]
+            return nodeid
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,8 +9,6 @@ from scipy.integrate import solve_ivp
 from problems import BadSize, Diverged, brusselator, gold, structure
 from problems.brusselator import Imex, Implicit, Ode, Rhs, Ude, brusselator_numba
 
-pytestmark = pytest.mark.xdist_group("brusselator")  # in one process, which compiles each hand adjoint once
-
 H = 1e-20
 
 

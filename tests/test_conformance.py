@@ -113,12 +113,7 @@ def is_ok(result):
     assert result["error"] is not None
 
 
-def of(library):
-    """The cells of a library one after the other in one process of pytest -n: it is imported once, and compiles once."""
-    return pytest.mark.xdist_group(library)
-
-
-@pytest.mark.parametrize("c", [pytest.param(c, id=c.address, marks=of(c.backend)) for c in TINY])
+@pytest.mark.parametrize("c", TINY, ids=lambda c: c.address)
 def test_every_cell_is_ok_or_says_why_not(c, quickly):
     status, reason = known_status(c)
     slow, first = os.environ.get("ADPHYS_SLOW"), c.problem in problems()[:2] and next(iter(tasks(c.problem)))
@@ -145,13 +140,7 @@ AT |= {"casadi/interpolating": (1,)}
 
 
 @pytest.mark.parametrize(
-    "address",
-    [
-        pytest.param(f"{task}/{way}@{sizes[k]}", marks=of(way.partition("/")[0]))
-        for way, at in AT.items()
-        for task, sizes in ODD.items()
-        for k in at
-    ],
+    "address", [f"{task}/{way}@{sizes[k]}" for way, at in AT.items() for task, sizes in ODD.items() for k in at]
 )
 def test_sizes_that_nobody_listed(address, quickly):
     c = cell(address)

@@ -15,8 +15,6 @@ from numba import njit  # noqa: E402
 from backends.enzyme_backend import EnzymeError, check, differentiable, output, scratch  # noqa: E402
 from problems import gold  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("enzyme")
-
 jax.config.update("jax_enable_x64", True)
 
 N = 7

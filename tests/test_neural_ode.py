@@ -10,8 +10,6 @@ from problems import BadSize, Diverged, gold, neural_ode, structure
 from problems.neural_ode import TASKS, Ode, Rhs, Rk4, neural_ode_numba
 from problems.neural_ode.neural_ode_numba import IMPLEMENTATION
 
-pytestmark = pytest.mark.xdist_group("neural_ode")  # in one process, which compiles each hand adjoint once
-
 
 def hand(task, size, theta=None):
     """The inputs, the loss and the gradient by the hand adjoint."""

@@ -7,8 +7,6 @@ from backends.numpy_backend import NumPy
 from problems import BadSize, Diverged, gold, shallow_ice, structure
 from problems.shallow_ice import A_MAX, A_MIN, BOX, TASKS, TEMPERATURES, shallow_ice_numba, sia
 
-pytestmark = pytest.mark.xdist_group("shallow_ice")  # in one process, which compiles each hand adjoint once
-
 SIZES = [
     ("rhs", {"N": 16}),
     ("rhs", {"N": 7, "A": 8e-17}),

@@ -9,8 +9,6 @@ from harness.reference import inputs
 from problems import BadSize, gold, sparse_loss, structure
 from problems.sparse_loss import TASKS, factorise, geometry, lattice, mesh, slots, solution, stiffness
 
-pytestmark = pytest.mark.xdist_group("sparse_loss")  # in one process, which compiles each hand adjoint once
-
 FEM = ("fem_matvec", "fem_solve")
 SIZES = [dict(m=8), dict(m=5, q=3), dict(m=2), dict(m=3, q=8), dict(m=4, q=1)]
 
