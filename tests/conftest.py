@@ -71,6 +71,7 @@ def pytest_xdist_make_scheduler(config, log):
                 return library[1]
             return nodeid
 
+    config.option.loadscopereorder = False  # asv forks, which it may until a test of Enzyme has started JAX's threads
     return Together(config, log)
 
 
