@@ -56,16 +56,19 @@ def pytest_configure(config):
         os.sched_setaffinity(0, {cpus[int(worker) % len(cpus)]})
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """pytest -n: one process has all tests of a statement, and one all cells of a library, which is then imported once and
     compiles once; other tests go where there is room. (xdist's own groups do nothing under this pytest.)"""
     from xdist.scheduler import LoadScopeScheduling
 
+    whole_files = {*modules("problems"), "enzyme"}
+
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
             name = Path(file).stem.removeprefix("test_")
-            if name in (*modules("problems"), "enzyme"):
+            if name in whole_files:
                 return file
             if name == "conformance" and (library := re.search(r"\[\w+\.\w+/(\w+)", test)):
                 return library[1]

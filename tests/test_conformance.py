@@ -113,13 +113,17 @@ def is_ok(result):
     assert result["error"] is not None
 
 
+COMPILED = [f"{problem}.{next(iter(tasks(problem)))}" for problem in problems()[:2]]
+primals = set()  # that were run: strategies of a form share theirs, but those that bring their own
+
+
 @pytest.mark.parametrize("c", TINY, ids=lambda c: c.address)
 def test_every_cell_is_ok_or_says_why_not(c, quickly):
     status, reason = known_status(c)
-    slow, first = os.environ.get("ADPHYS_SLOW"), c.problem in problems()[:2] and next(iter(tasks(c.problem)))
+    slow = os.environ.get("ADPHYS_SLOW")
     if not (slow or _taken(c, PRESETS["default"].ways)):
         pytest.skip("a second form in a second strategy is a cell of the full preset alone; ADPHYS_SLOW=1 runs it")
-    if not (slow or status) and (c.backend, c.strategy) == ("torch", "compile") and c.task != first:
+    if not (slow or status) and (c.backend, c.strategy) == ("torch", "compile") and c.name not in COMPILED:
         pytest.skip("C++ for every task takes minutes, so it is the first task of two problems; ADPHYS_SLOW=1 runs all")
     if status == "unsupported":
         if not is_made(backend(c.backend)):
@@ -129,9 +133,11 @@ def test_every_cell_is_ok_or_says_why_not(c, quickly):
         assert status in ("missing", "unavailable")
         is_sentence(reason)
     else:
-        library = backend(c.backend)
-        own = any(hasattr(library, f"{c.strategy}_{kind}") for kind in ("primal", "given"))
-        is_ok(quickly(c, whole=own or c.strategy == library.strategies()[0]))  # all others have the primal of the first
+        own = any(hasattr(backend(c.backend), f"{c.strategy}_{kind}") for kind in ("primal", "given"))
+        primal = c.name, c.backend, c.form, own and c.strategy
+        new = primal not in primals
+        primals.add(primal)
+        is_ok(quickly(c, whole=new))
 
 
 # the measure of all others at both, the others at one each

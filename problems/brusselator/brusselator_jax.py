@@ -276,6 +276,10 @@ def cg(S, M, b, tolerance):
     return jnp.where(done, y + z, jnp.nan)
 
 
+def misfit(u):
+    return jnp.sum((1 - u) ** 2) / 2
+
+
 def ode(theta, data, size, reaction=reaction, remat=lambda f: f):
     """KenCarp4 in a scan as long as any course of steps may be, of which those past the end do nothing. How long a step is,
     and whether it is taken, is not differentiated; of a solve neither."""
@@ -288,9 +292,6 @@ def ode(theta, data, size, reaction=reaction, remat=lambda f: f):
     count = len(course.lengths)
     lengths, forces, samples = (jnp.asarray(np.append(x, x[-1]), dtype) for x in course)
     Q, mu = jnp.asarray(fourier(N), dtype), jnp.asarray(2 + eigenvalues(N) / (N - 1) ** 2, dtype)
-
-    def misfit(u):
-        return jnp.sum((1 - u) ** 2) / 2
 
     def symmetric(c):
         """What scales 1 - c alpha lap to S = 1 - g A g, A the sum of the four neighbours, and its mean M in waves."""
@@ -369,7 +370,7 @@ def ode_diffrax(theta, data, size, adjoint="RecursiveCheckpointAdjoint"):
         return reaction(u, theta["A"], theta["B"], force) + alpha * lap(u, size.N)
 
     u, (lengths, forced, sampled) = data["u0"], pieces(size)
-    loss = jnp.sum((1 - u) ** 2) / 2
+    loss = misfit(u)
     for force in np.unique(forced):
         here = forced == force
         found = diffrax.diffeqsolve(
@@ -384,7 +385,7 @@ def ode_diffrax(theta, data, size, adjoint="RecursiveCheckpointAdjoint"):
             stepsize_controller=diffrax.PIDController(rtol=size.rtol, atol=size.atol),
             adjoint=getattr(diffrax, adjoint)(),
         )
-        loss += jnp.sum((1 - found.ys[sampled[here] > 0]) ** 2) / 2
+        loss += misfit(found.ys[sampled[here] > 0])
         u = found.ys[-1]
     return loss
 
