@@ -168,6 +168,7 @@ class Context(Record):
     budget_s: float = Field(description="seconds of samples of a derivative, in each process")
     processes: int = Field(description="fresh processes a cell")
     limit_s: float = Field(description="a first call that takes longer is a timeout")
+    lanes: int = Field(1, description="small cells side by side, of which one at a time takes samples")
     machine: dict[str, str | int | None]
     machine_class: str
     lock_hash: str

@@ -30,7 +30,7 @@ class Preset:
     sizes: tuple[str, ...]
     ways: str  # "main": natural form, main strategy; "each": every strategy, every form, not crossed; "all": crossed
     sweep: bool
-    lanes: bool  # a cell is prepared and compiled beside another that takes its samples: quicker, and noisier
+    lanes: bool  # a small cell is prepared and compiled beside another that takes its samples
     budget: float
     processes: int
     limit: float  # seconds of the first call
@@ -38,10 +38,11 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(("small",), "main", sweep=False, lanes=True, budget=0.2, processes=1, limit=20.0),
-    "default": Preset(("small", "large"), "each", sweep=False, lanes=False, budget=0.5, processes=1, limit=60.0),
+    "default": Preset(("small", "large"), "each", sweep=False, lanes=True, budget=0.5, processes=1, limit=60.0),
     "full": Preset(SIZES, "all", sweep=True, lanes=False, budget=2.0, processes=3, limit=600.0),
 }
 
+BESIDE = ("tiny", "small")  # a large cell shares the memory's bandwidth: one took twice its time beside a compiler
 DISTURBED = 1.25  # times the calm kernel; idle, the cells of a run differ by 0.1
 FOR_EACH_ENTRY = ("forward", "duals")
 AGAIN_S = 30.0  # a cell that took longer is not measured again
@@ -71,7 +72,7 @@ def plan(patterns: list[str], preset: str, device: str) -> list[Cell]:
 
 def _late(cell: Cell) -> tuple[int, bool]:
     """A small size tells of a large one, and a primal of what runs it for every entry."""
-    return SIZES.index(cell.size) if cell.size in SIZES else 0, cell.strategy in FOR_EACH_ENTRY
+    return SIZES.index(cell.size) if cell.size in SIZES else len(SIZES), cell.strategy in FOR_EACH_ENTRY
 
 
 def _main(cell: Cell) -> bool:
@@ -120,6 +121,7 @@ def start(patterns: list[str], preset: str, device: str, seed: int | None = None
             "budget_s": p.budget,
             "processes": p.processes,
             "limit_s": p.limit,
+            "lanes": len(lanes()) if p.lanes else 1,
             "machine": machine(),
             "machine_class": machine_class(),
             "lock_hash": lock_hash(),
@@ -145,8 +147,8 @@ def resume() -> tuple[Writer, Context, Run]:
 def go(writer: Writer, context: Context, before: Run | None, console: Console) -> list[CellRecord]:
     """Measure what the plan has and the file has not; returns all its records.
 
-    One cell runs at a time, but in a quick run, whose cells of one thread are prepared and compiled in two lanes and take
-    their samples in turn.
+    One cell runs at a time, but where the preset has lanes, in which small cells of one thread are prepared and compiled side
+    by side and take their samples in turn.
     """
     began = time.monotonic()
     known = {c.address: c for address in context.plan for c in cells(address)}
@@ -195,8 +197,10 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as progress:
         side_by_side = lanes() if PRESETS[context.preset].lanes else [None]
-        beside, alone = ([c for c in todo if (c.threads == 1 and c.device == "cpu") == one] for one in (True, False))
-        each(beside, side_by_side, keep)
+        small = [c for c in todo if c.size in BESIDE and c.threads == 1 and c.device == "cpu"]
+        alone = [c for c in todo if c not in small]
+        each(small, side_by_side, keep)
+        one_lane = time.monotonic()
         each(alone + crowded, [None], keep)
         if PRESETS[context.preset].ways != "main":
             before_again = disturbance(list(records.values()))
@@ -208,14 +212,16 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
                     keep(found)
 
             each(again, [None], keep_calmer)
+        one_lane = time.monotonic() - one_lane
     _as_is(writer, context, before, [known[a] for a in context.plan], console)
     wall = time.monotonic() - began + wall_before
     measured = sum(r.measured_s for r in records.values())
     now = datetime.now(UTC).isoformat(timespec="seconds")
     writer.append(End(finished=now, wall_s=wall, measured_s=measured))
-    share, where = measured / max(wall, 1e-9) / len(side_by_side), ""
-    if len(side_by_side) > 1:
-        where = f" in each of {len(side_by_side)} lanes"
+    both, where = len(side_by_side), ""
+    share = measured / max(wall * both - one_lane * (both - 1), 1e-9)
+    if both > 1:
+        where = f" in each of {both} lanes"
     console.print(
         f"{len(records)} cells in {_duration(wall)}, {share:.0%} of it inside first and measured calls{where}."
     )

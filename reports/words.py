@@ -229,6 +229,9 @@ def provenance(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
                 "protocol, schema": f"{c.protocol}, {c.schema_}",
                 "budget": f"{c.budget_s:g} s of derivative samples in each of {number_of(c.processes, 'fresh process')}",
                 "limit": f"{c.limit_s:g} s a first call",
+                "lanes": f"{c.lanes}: a small cell takes samples while another is prepared and compiled; larger ones run alone"
+                if c.lanes > 1
+                else "1",
                 "cells": f"{len(run.cells)} of {len(c.plan)} planned",
                 "versions": ", ".join(f"{name} {version}" for name, version in c.versions.items()),
             }

@@ -231,7 +231,8 @@ def implicit(theta, data, size):
 
 def reaction(u, A, B, force):
     """All that is not diffusion."""
-    rows = u.reshape(-1, u.shape[-1])
+    rows = u.reshape(2, -1)
+    A, B, force = (x.reshape(1, -1) for x in (A, B, force))
     return differentiable(reaction_rows)(rows, A, B, 1.0, force, output(rows.shape, u.dtype)).reshape(u.shape)
 
 

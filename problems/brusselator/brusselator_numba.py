@@ -291,18 +291,18 @@ def turn(x, order, out):
 @njit(fastmath=FAST)
 def ring(waves, a, g, around, y):
     """y_n = a y_{n-1} + r_n forward, then backward: once around for the y that the ring closes with, once for all."""
-    N = a.size
+    N, width = len(waves), a.size
     for first, way in ((0, 1), (N - 1, -1)):
         y[:] = 0
         for n in range(N):
             w = waves[first + way * n]
-            for k in range(N):
+            for k in range(width):
                 y[k] = a[k] * y[k] + w[k]
-        for k in range(N):
+        for k in range(width):
             y[k] *= around[k]
         for n in range(N):
             w = waves[first + way * n]
-            for k in range(N):
+            for k in range(width):
                 y[k] = a[k] * y[k] + w[k]
                 w[k] = g[k] * y[k]
 
@@ -1046,13 +1046,17 @@ def implicit_stats(theta, data, size):
     }
 
 
-# ode: KenCarp4 in steps of its own, and the adjoint of the steps that it took. Fields are (2N, N), U above V. Of a stage
+# ode: KenCarp4 in steps of its own, and the adjoint of the steps that it took. Fields are (2N, N), each row of U above that
+# of V, so that a recurrence from row to row takes both fields at once and neighbours are always as far away. Of a stage
 # (1 - c alpha lap) w = r, c = gamma dt, each cell is scaled so that a symmetric matrix with a diagonal of ones remains:
 # w = g y, S y = e r, S = 1 - g A g, A the sum of the four neighbours, g^2 = 1 / (4 + dx^2 / (c alpha)), e = 1 / g - 4 g; the
 # adjoint is nu = e S^-1 g q. S is solved by conjugate gradients, preconditioned by M, which is S with one g for all cells,
 # the root of the mean square, and is inverted by waves along one axis and recurrences along the other. Where alpha is the
 # same everywhere, M is S; else it takes few iterations, because g is 1/2 wherever a cell is stiff, whatever its alpha: two
-# or three to 1e-6 at any c for alpha in 5..15, where waves and the mean of 1 / alpha take up to ten at small c.
+# or three to 1e-6 at any c for alpha in 5..15, where waves and the mean of 1 / alpha take up to ten at small c. They begin
+# at what the last KNOWN solutions with this S span (Fischer, Comput. Methods Appl. Mech. Engrg. 163 (1998) 193).
+
+KNOWN = 12
 
 
 class Solver(NamedTuple):
@@ -1061,12 +1065,15 @@ class Solver(NamedTuple):
     Q: np.ndarray  # (N, N)
     Qt: np.ndarray
     mu: np.ndarray  # (N) of each wave along an axis the sum of both neighbours
-    rings: np.ndarray  # (4, 2, N) of either field and each wave a, g and around of `ring`, then its y
+    rings: np.ndarray  # (4, 2N) of each wave of U, then of V, a, g and around of `ring`, then its y
     smooth: np.ndarray  # the same for the estimate of the error
+    number: np.ndarray  # (1) of the solutions since c was set
+    known: np.ndarray  # (KNOWN, 2 N^2) what is new in each, orthogonal to what is old, y^T S y = 1
+    S_known: np.ndarray  # (KNOWN, 2 N^2) S times that
+    halo: np.ndarray  # (2N + 4, N) a field between its last rows and its first
     g: np.ndarray  # (2N, N), as all that follow
     e: np.ndarray
     y: np.ndarray
-    b: np.ndarray
     res: np.ndarray
     z: np.ndarray
     p: np.ndarray
@@ -1082,7 +1089,7 @@ class Steps(NamedTuple):
     r: np.ndarray
     lam: np.ndarray
     slopes: np.ndarray  # (2, 6, 2N, N) explicit, implicit
-    gradient: np.ndarray  # (4N, N)
+    gradient: np.ndarray  # (2, 2N, N) by A above B, and by both alpha
 
 
 CG_FAILED, FULL, TOO_SMALL, NOT_FINITE = -1, -2, -3, -4  # where a count would be
@@ -1092,9 +1099,10 @@ def ode_prepare(structure, size):
     N, dtype = size.N, structure["A"].dtype
     Q, mu = fourier(N), 2 + eigenvalues(N) / (N - 1) ** 2
     Q, Qt, mu = (np.ascontiguousarray(x, dtype) for x in (Q, Q.T, mu))
-    *fields, alpha, r, lam = np.empty((12, 2 * N, N), dtype)
-    S = Solver(Q, Qt, mu, *np.empty((2, 4, 2, N), dtype), *fields)
-    slopes, gradient = np.empty((2, 6, 2 * N, N), dtype), np.empty((4 * N, N), dtype)
+    *fields, alpha, r, lam = np.empty((11, 2 * N, N), dtype)
+    known, halo = (np.zeros(1, int), *np.empty((2, KNOWN, 2 * N * N), dtype)), np.empty((2 * N + 4, N), dtype)
+    S = Solver(Q, Qt, mu, *np.empty((2, 4, 2 * N), dtype), *known, halo, *fields)
+    slopes, gradient = np.empty((2, 6, 2 * N, N), dtype), np.empty((2, 2 * N, N), dtype)
     course = tuple(pieces(size))
     given = course, tuple(kencarp4()), ark_tolerances(size, dtype)
     return Steps(S, given, room(2 * len(course[0]) + 16, N, dtype), alpha, r, lam, slopes, gradient)
@@ -1110,14 +1118,14 @@ def scale(alpha, c, mu, g, e, rings):
     N = len(mu)
     for s in range(2):
         mean = 0.0
-        for i in range(s * N, s * N + N):
+        for i in range(s, 2 * N, 2):
             x, y, z = alpha[i], g[i], e[i]
             for j in range(N):
                 square = 1 / (4 + 1 / (c * x[j]))
                 y[j] = np.sqrt(square)
                 z[j] = (1 - 4 * square) / y[j]
                 mean += square / (N * N)
-        a, w, around = rings[0, s], rings[1, s], rings[2, s]
+        a, w, around = rings[0, s * N :], rings[1, s * N :], rings[2, s * N :]
         for k in range(N):
             d = 1 - mean * mu[k]
             a[k] = 2 * mean / (d + np.sqrt(d * d - 4 * mean * mean))
@@ -1127,38 +1135,58 @@ def scale(alpha, c, mu, g, e, rings):
 
 @njit(fastmath=FAST, error_model="numpy")
 def least(rings, s):
-    """The least eigenvalue of M, that of the mean."""
-    return ((1 - rings[0, s, 0]) / rings[1, s, 0]) ** 2
+    """The least eigenvalue of M of a field, that of the mean."""
+    first = s * (rings.shape[1] // 2)
+    return ((1 - rings[0, first]) / rings[1, first]) ** 2
 
 
 @njit(fastmath=FAST, error_model="numpy")
 def precondition(r, S, rings, z):
     """z = M^-1 r"""
-    N, waves = len(S.Q), S.waves
-    np.dot(r, S.Q, waves)
-    for s in range(2):
-        ring(waves[s * N : s * N + N], rings[0, s], rings[1, s], rings[2, s], rings[3, s])
-    np.dot(waves, S.Qt, z)
+    N = len(S.Q)
+    np.dot(r, S.Q, S.waves)
+    ring(S.waves.reshape(N, 2 * N), rings[0], rings[1], rings[2], rings[3])
+    np.dot(S.waves, S.Qt, z)
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def neighbours(halo, out):
+    """The sum of the four neighbours of each cell of the field in halo, whose first and last two rows this fills."""
+    N, w, z = halo.shape[1], halo.ravel(), out.ravel()
+    row, n = 2 * N, out.size  # row: of both fields
+    for k in range(row):
+        w[k], w[row + n + k] = w[n + k], w[row + k]
+    up, down, left, right = w[:n], w[2 * row :], w[row - 1 :], w[row + 1 :]
+    for k in range(n):
+        z[k] = up[k] + down[k] + left[k] + right[k]
+    for first in range(0, n, N):  # around the other ring
+        last = first + N - 1
+        z[first] += w[row + last] - w[row + first - 1]
+        z[last] += w[row + first] - w[row + last + 1]
 
 
 @njit(fastmath=FAST, error_model="numpy")
 def times_S(S, y, out):
-    """out = S y"""
-    N, (x, z, w) = len(S.Q), (y.ravel(), S.g.ravel(), S.waves.ravel())
+    """out = S y, returns y^T S y"""
+    x, z, g, w, total = y.ravel(), out.ravel(), S.g.ravel(), S.halo[2:].ravel(), 0.0
     for k in range(x.size):
-        w[k] = z[k] * x[k]
-    for s in (0, N):
-        for i in range(N):
-            x, xm, xp = (
-                S.waves[s + i],
-                S.waves[s + (i - 1 if i > 0 else N - 1)],
-                S.waves[s + (i + 1 if i < N - 1 else 0)],
-            )
-            w, z, p = out[s + i], y[s + i], S.g[s + i]
-            for j in range(1, N - 1):
-                w[j] = z[j] - p[j] * (xm[j] + xp[j] + x[j - 1] + x[j + 1])
-            for j, jm, jp in ((0, N - 1, 1), (N - 1, N - 2, 0)):
-                w[j] = z[j] - p[j] * (xm[j] + xp[j] + x[jm] + x[jp])
+        w[k] = g[k] * x[k]
+    neighbours(S.halo, out)
+    for k in range(x.size):
+        z[k] = x[k] - g[k] * z[k]
+        total += x[k] * z[k]
+    return total
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def lap_rows(u, dx2, halo, out):
+    """out = lap u"""
+    x, z, w = u.ravel(), out.ravel(), halo[2:].ravel()
+    for k in range(x.size):
+        w[k] = x[k]
+    neighbours(halo, out)
+    for k in range(x.size):
+        z[k] = (z[k] - 4 * x[k]) / dx2
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -1171,59 +1199,63 @@ def dot(x, y):
 
 @njit(fastmath=FAST, error_model="numpy")
 def cg(S, b, tolerance):
-    """S.y = S^-1 b, from the best multiple of S.y = S^-1 S.b, whose residual is known; b becomes S.b. Returns the iterations.
-    They end where the energy of the error, res M^-1 res or res^2 over the least eigenvalue, is tolerance^2 of that of y."""
-    yb, last = dot(S.y, b), dot(S.y, S.b)
-    t = yb / last if last > 0 else 0.0
-    new, old, y = b.ravel(), S.b.ravel(), S.y.ravel()
-    res, z, p, Sp = S.res.ravel(), S.z.ravel(), S.p.ravel(), S.Sp.ravel()
+    """S.y = S^-1 b, and b is spent. Returns the iterations. They end where the energy of the error, res M^-1 res or res^2 over
+    the least eigenvalue, is tolerance^2 of that of y."""
+    res, z, p, Sp, y = b.ravel(), S.z.ravel(), S.p.ravel(), S.Sp.ravel(), S.y.ravel()
+    number, energy = S.number[0], 0.0
     for k in range(y.size):
-        res[k] = new[k] - t * old[k]
-        y[k] *= t
-        old[k] = new[k]
-        p[k] = 0
-    bound, target, rz = min(least(S.rings, 0), least(S.rings, 1)), tolerance**2 * abs(t * yb), 1.0
+        y[k] = p[k] = 0
+    for m in range(min(number, KNOWN)):
+        part, S_part, total = S.known[m], S.S_known[m], 0.0
+        for k in range(y.size):
+            total += part[k] * res[k]
+        energy += total * total
+        for k in range(y.size):
+            y[k] += total * part[k]
+            res[k] -= total * S_part[k]
+    new, S_new = S.known[number % KNOWN], S.S_known[number % KNOWN]
+    for k in range(y.size):
+        new[k], S_new[k] = y[k], res[k]
+    bound, target, rz, done = min(least(S.rings, 0), least(S.rings, 1)), tolerance**2 * energy, 1.0, CG_FAILED
     for iteration in range(MOST_CG):
-        precondition(S.res, S, S.rings, S.z)
-        rz, previous = dot(S.res, S.z), rz
-        if rz == 0 or (iteration > 0 and rz <= target):
-            for k in range(y.size):
-                y[k] += z[k]
-            return iteration
+        precondition(b, S, S.rings, S.z)
+        rz, previous = dot(b, S.z), rz
+        if rz <= target:
+            done = iteration
+            break
         for k in range(y.size):
             p[k] = z[k] + rz / previous * p[k]
-        times_S(S, S.p, S.Sp)
-        step, rr = rz / dot(S.p, S.Sp), 0.0
+        step, rr = rz / times_S(S, S.p, S.Sp), 0.0
+        energy += step * rz
+        target = tolerance**2 * energy
         for k in range(y.size):
             y[k] += step * p[k]
             res[k] -= step * Sp[k]
             rr += res[k] * res[k]
-        target = tolerance**2 * abs(dot(S.y, b))
         if rr <= target * bound:
-            return iteration
+            done = iteration
+            break
         if not rr < np.inf:
             return NOT_FINITE
-    return CG_FAILED
+    size = 0.0
+    for k in range(y.size):
+        new[k], S_new[k] = y[k] - new[k], S_new[k] - res[k]
+        size += new[k] * S_new[k]
+    if size > 1e-16 * energy:
+        f = 1 / np.sqrt(size)
+        for k in range(y.size):
+            new[k], S_new[k] = f * new[k], f * S_new[k]
+        S.number[0] = number + 1
+    if done >= 0 and rz <= target:
+        for k in range(y.size):
+            y[k] += z[k]
+    return done
 
 
 @njit(fastmath=FAST, error_model="numpy")
 def set_step(S, alpha, c):
     scale(alpha, c, S.mu, S.g, S.e, S.rings)
-    S.y[:] = 0
-    S.b[:] = 0
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def lap_rows(u, dx2, out):
-    """out = lap u"""
-    N = u.shape[1]
-    for s in (0, N):
-        for i in range(N):
-            x, xm, xp, z = u[s + i], u[s + (i - 1 if i > 0 else N - 1)], u[s + (i + 1 if i < N - 1 else 0)], out[s + i]
-            for j in range(1, N - 1):
-                z[j] = (xm[j] + xp[j] + x[j - 1] + x[j + 1] - 4 * x[j]) / dx2
-            for j, jm, jp in ((0, N - 1, 1), (N - 1, N - 2, 0)):
-                z[j] = (xm[j] + xp[j] + x[jm] + x[jp] - 4 * x[j]) / dx2
+    S.number[0] = 0
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -1244,13 +1276,13 @@ def add(x, y, c):
 
 @njit(fastmath=FAST, error_model="numpy")
 def reaction_rows(u, A, B, force, disc, out):
-    N = len(disc)
-    U, V, p, q = u[:N].ravel(), u[N:].ravel(), out[:N].ravel(), out[N:].ravel()
-    a, b, f = A.ravel(), B.ravel(), disc.ravel()
-    for k in range(U.size):
-        flow = a[k] * U[k] - U[k] * U[k] * V[k]
-        p[k] = b[k] - U[k] - flow + force * f[k]
-        q[k] = flow
+    """Of fields whose rows of U and V alternate."""
+    for i in range(len(disc)):
+        U, V, a, b, f, p, q = u[2 * i], u[2 * i + 1], A[i], B[i], disc[i], out[2 * i], out[2 * i + 1]
+        for j in range(U.size):
+            flow = a[j] * U[j] - U[j] * U[j] * V[j]
+            p[j] = b[j] - U[j] - flow + force * f[j]
+            q[j] = flow
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -1292,8 +1324,9 @@ def distance(u, w, slopes, error, dt, rtol, atol, S):
     z, total = S.z.ravel(), 0.0
     for s in range(2):
         f = least(S.smooth, s)
-        for k in range(s * N * N, (s + 1) * N * N):
-            total += (f * z[k] / (atol + rtol * max(abs(x[k]), abs(y[k])))) ** 2
+        for i in range(s, 2 * N, 2):
+            for k in range(i * N, i * N + N):
+                total += (f * z[k] / (atol + rtol * max(abs(x[k]), abs(y[k])))) ** 2
     return np.sqrt(total / d.size)
 
 
@@ -1320,7 +1353,7 @@ def ode_kernel(A, B, alpha, disc, course, ark, tolerances, S, dts, sampled, stag
                 counts[0] = FULL
                 return loss
             u, new = stages[n, 0], stages[n + 1, 0]
-            lap_rows(u, dx2, slopes[1, 0])
+            lap_rows(u, dx2, S.halo, slopes[1, 0])
             multiply(slopes[1, 0], alpha)
             off = np.inf
             while not off <= 1:
@@ -1365,16 +1398,16 @@ def ode_kernel(A, B, alpha, disc, course, ark, tolerances, S, dts, sampled, stag
 @njit(fastmath=FAST, error_model="numpy")
 def stage_vjp(w, A, l_E, l_I, f, gA, gB, mu):
     """mu = f R'(w)^T l_E + l_I, and the cotangents of A and B."""
-    N = len(A)
-    U, V, a, p, q = w[:N].ravel(), w[N:].ravel(), A.ravel(), l_E[:N].ravel(), l_E[N:].ravel()
-    x, y, s, t, Ab, Bb = mu[:N].ravel(), mu[N:].ravel(), l_I[:N].ravel(), l_I[N:].ravel(), gA.ravel(), gB.ravel()
-    for k in range(U.size):
-        d = p[k] - q[k]
-        Ud = U[k] * d
-        Ab[k] -= Ud
-        Bb[k] += p[k]
-        x[k] = f * ((2 * U[k] * V[k] - a[k]) * d - p[k]) + s[k]
-        y[k] = f * U[k] * Ud + t[k]
+    for i in range(len(A)):
+        U, V, a, p, q, Ab, Bb = w[2 * i], w[2 * i + 1], A[i], l_E[2 * i], l_E[2 * i + 1], gA[i], gB[i]
+        x, y, s, t = mu[2 * i], mu[2 * i + 1], l_I[2 * i], l_I[2 * i + 1]
+        for j in range(U.size):
+            d = p[j] - q[j]
+            Ud = U[j] * d
+            Ab[j] -= Ud
+            Bb[j] += p[j]
+            x[j] = f * ((2 * U[j] * V[j] - a[j]) * d - p[j]) + s[j]
+            y[j] = f * U[j] * Ud + t[j]
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -1414,7 +1447,7 @@ def ode_vjp_kernel(n, A, alpha, ark, tolerance, S, dts, sampled, stages, lam, sl
     E, I, b, _ = ark
     N, gamma, dx2, c, iterations = len(A), I[1, 1], 1.0 / (len(A) - 1) ** 2, 0.0, 0
     l_E, l_I, lap, mu = slopes[0, 0], slopes[0, 1], slopes[0, 2], slopes[1]
-    Ab, Bb, ab = gradient[:N], gradient[N : 2 * N], gradient[2 * N :]
+    Ab, Bb, ab = gradient[0, :N], gradient[0, N:], gradient[1]
     gradient[:] = 0
     lam[:] = 0
     for step in range(n - 1, -1, -1):
@@ -1426,18 +1459,18 @@ def ode_vjp_kernel(n, A, alpha, ark, tolerance, S, dts, sampled, stages, lam, sl
             set_step(S, alpha, c)
         for j in range(5, 0, -1):
             weigh(lam, mu, E, I, b, dt, j, l_E, l_I)
-            lap_rows(stages[step, j], dx2, lap)
+            lap_rows(stages[step, j], dx2, S.halo, lap)
             stage_vjp(stages[step, j], A, l_E, l_I, gamma * dt, Ab, Bb, mu[j])
             done = stage_back(S, mu[j], l_I, gamma * dt, lap, ab, tolerance)
             if done < 0:
                 return CG_FAILED
             iterations += done
         weigh(lam, mu, E, I, b, dt, 0, l_E, l_I)
-        lap_rows(stages[step, 0], dx2, lap)
+        lap_rows(stages[step, 0], dx2, S.halo, lap)
         multiply(lap, l_I)
         add(ab, lap, 0.0)
         multiply(l_I, alpha)
-        lap_rows(l_I, dx2, lap)
+        lap_rows(l_I, dx2, S.halo, lap)
         stage_vjp(stages[step, 0], A, l_E, lap, 1.0, Ab, Bb, mu[0])
         for j in range(6):
             add(lam, mu[j], 0.0)
@@ -1446,10 +1479,10 @@ def ode_vjp_kernel(n, A, alpha, ark, tolerance, S, dts, sampled, stages, lam, sl
 
 def ode_primal(theta, data, size, work):
     """The loss, and the counts of steps, rejected ones, right-hand sides, solves and iterations; the steps stay in work."""
-    np.concatenate([theta["alpha1"], theta["alpha2"]], out=work.alpha)
+    np.stack([theta["alpha1"], theta["alpha2"]], 1, work.alpha.reshape(size.N, 2, size.N))
     fields, counts = (theta["A"], theta["B"], work.alpha, data["disc"]), np.empty(5, int)
     while True:
-        work.kept[2][0, 0] = data["u0"].reshape(work.r.shape)
+        work.kept[2][0, 0] = data["u0"].swapaxes(0, 1).reshape(work.r.shape)
         scratch = work.r, work.slopes, counts
         loss = ode_kernel(*fields, *work.given, work.S, *work.kept, *scratch)
         steps = len(work.kept[0])
@@ -1471,7 +1504,8 @@ def ode_adjoint(theta, data, size, work):
     scratch = work.lam, work.slopes, work.gradient
     if ode_vjp_kernel(counts[0], theta["A"], work.alpha, ark, tolerance, work.S, *work.kept, *scratch) < 0:
         raise unsolved()
-    return loss, dict(zip(theta, work.gradient.reshape(4, size.N, size.N), strict=True))
+    (Ab, Bb), ab = np.split(work.gradient[0], 2), work.gradient[1].reshape(size.N, 2, size.N)
+    return loss, {"A": Ab, "B": Bb, "alpha1": ab[:, 0], "alpha2": ab[:, 1]}
 
 
 def ode_stats(theta, data, size):
