@@ -181,6 +181,7 @@ def relative(gradient, exact):
     ("size", "most", "most_block"),
     [
         (Ode(5), 7e-5, 1e-3),
+        (Ode(2, spread=0.5), 7e-5, 1e-3),
         (Ode(3, spread=0.5, k0=8), 7e-5, 1e-3),
         (Ode(6, T=1.5, save=0.5, spread=0.5, k0=5), 7e-5, 1e-3),
         (Ode(4, T=1.2, save=0.6, spread=0.5), 7e-5, 1e-3),
@@ -219,6 +220,18 @@ def test_what_ode_counts():
         assert found["linear_solves"] == 5 * (found["steps"] + found["rejected"])
         assert found["rhs_calls"] == found["linear_solves"] + found["steps"]
     assert same["cg_iterations"] == 0 < spread["cg_iterations"] <= 4 * spread["linear_solves"]
+
+
+def test_what_cvodes_counts():
+    """Of the program whose gradient is a cell: more of all for a smaller tolerance, and the same work at the same size."""
+    casadi = pytest.importorskip("problems.brusselator.brusselator_casadi")
+    stats = casadi.IMPLEMENTATION["ode"]["cvodes"].stats
+    coarse, fine, again = (
+        stats(*brusselator.ode_inputs(size), size)
+        for size in (Ode(4, rtol=1e-4, atol=1e-4), Ode(4, rtol=1e-8, atol=1e-8), Ode(4, rtol=1e-8, atol=1e-8))
+    )
+    assert fine == again and all(0 <= coarse[name] <= fine[name] for name in fine)
+    assert fine["rhs_calls"] >= fine["linear_solves"] >= fine["steps"] > coarse["steps"] > 10
 
 
 def test_what_ode_cannot_solve(monkeypatch):

@@ -310,7 +310,7 @@ def lap_matrix(N):
 
 
 class Sparse(NamedTuple):
-    """J by columns, six entries each: those of 1 - dt alpha lap, less dt times what stands in dR."""
+    """J by columns, six entries each, four at N = 2: those of 1 - dt alpha lap, less dt times what stands in dR."""
 
     indices: np.ndarray
     indptr: np.ndarray
@@ -326,7 +326,7 @@ def sparse(N):
     n = N * N
     pattern = (lap_matrix(N) + kron(np.eye(2)[::-1], eye_array(n))).tocsc()
     pattern.sort_indices()
-    rows, columns = pattern.indices, np.repeat(np.arange(2 * n), 6)
+    rows, columns = pattern.indices, np.repeat(np.arange(2 * n), np.diff(pattern.indptr))
     itself, other = rows == columns, abs(rows - columns) == n
     place = np.where(itself, columns, np.where(other, 2 * n + columns, 4 * n))
     return Sparse(rows, pattern.indptr, itself.astype(float), np.where(other, 0, pattern.data), place)
@@ -908,7 +908,7 @@ TASKS = {
         reference="continuous",
         gate=0.1,
         gate32=0.1,
-        lower={"N": 3, "k0": 0},
+        lower={"N": 2, "k0": 0},
         check=ode_check,
         sweep=tuple({"N": N, "spread": 0.5} for N in (5, 10, 12, 32)),
         tolerances=tuple({"N": 8, "spread": 0.5, "rtol": r, "atol": 100 * r} for r in (1e-4, 1e-5, 1e-6, 1e-8, 1e-9)),

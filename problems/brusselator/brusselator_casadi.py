@@ -25,10 +25,8 @@ UNROLLED = 6  # Newton iterations where each is differentiated: as many in every
 
 def second_difference(N):
     """Of N points on a ring, a sparse (N, N)."""
-    i = np.arange(N)
-    rows, columns = np.concatenate([i, i, i]), np.concatenate([i, (i + 1) % N, (i - 1) % N])
-    values = np.repeat([-2.0, 1.0, 1.0], N) * (N - 1) ** 2
-    return ca.DM.triplet(rows.tolist(), columns.tolist(), ca.DM(values), N, N)
+    one = np.eye(N)
+    return ca.sparsify(ca.DM((np.roll(one, 1, 0) + np.roll(one, -1, 0) - 2 * one) * (N - 1) ** 2))
 
 
 def rhs(theta, data, size):
@@ -173,7 +171,7 @@ def implicit_root(theta, data, size):
     return implicit(theta, data, size, rootfinder)
 
 
-def ode(theta, data, size):
+def ode(theta, data, size, solved=lambda solver: None):
     """CVODES (Hindmarsh et al., ACM TOMS 31 (2005) 363): BDF of variable order, Newton with a sparse QR. Its gradient is the
     adjoint equation, solved on the interpolated solution. It stops where the forcing sets in, and samples by interpolation."""
     N, D = size.N, second_difference(size.N)
@@ -194,9 +192,25 @@ def ode(theta, data, size):
         solver = ca.integrator("solver", "cvodes", equation, 0, np.cumsum(lengths[here]).tolist(), options)
         values = FORCING * force * data["disc"], *(theta[name] for name in ("A", "B", "alpha1", "alpha2"))
         states = ca.horzsplit(solver(x0=u, p=ca.vertcat(*map(ca.vec, values)))["xf"])
+        solved(solver)
         loss += sum(ca.sumsqr(1 - w) / 2 for w, taken in zip(states, sampled[here], strict=True) if taken)
         u = states[-1]
     return loss
+
+
+def ode_stats(theta, data, size):
+    """Of the primal, by numbers in place of symbols."""
+    counts = []
+    numbers = ({name: ca.DM(a.reshape(-1, a.shape[-1]).T) for name, a in arrays.items()} for arrays in (theta, data))
+    ode(*numbers, size, solved=lambda solver: counts.append(solver.stats()))
+    names = {
+        "steps": "nsteps",
+        "rejected": "netfails",
+        "rhs_calls": "nfevals",
+        "jacobians": "nlinsetups",
+        "linear_solves": "nniters",
+    }
+    return {name: sum(stats[key] for stats in counts) for name, key in names.items()}
 
 
 IMPLEMENTATION = {
@@ -207,6 +221,7 @@ IMPLEMENTATION = {
     "ode": {
         "cvodes": Implementation(
             ode,
+            stats=ode_stats,
             strategies={"interpolating": ode},
             unsupported={
                 "tape": "The reverse of CVODES is the adjoint equation (`TypeError: this graph holds an integrator`); see "

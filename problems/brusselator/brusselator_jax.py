@@ -359,7 +359,7 @@ def ode_checkpoint(theta, data, size):
     return ode(theta, data, size, remat=jax.checkpoint)
 
 
-def ode_diffrax(theta, data, size, adjoint="RecursiveCheckpointAdjoint"):
+def ode_diffrax(theta, data, size, adjoint="RecursiveCheckpointAdjoint", solved=lambda found: None):
     """What diffrax has for a stiff equation (Kidger, arXiv 2202.02435): Kvaerno's method of order 5, Newton's iteration with a
     dense LU of the whole Jacobian in every stage. It stops where the forcing sets in, and samples by interpolation."""
     import diffrax
@@ -385,9 +385,17 @@ def ode_diffrax(theta, data, size, adjoint="RecursiveCheckpointAdjoint"):
             stepsize_controller=diffrax.PIDController(rtol=size.rtol, atol=size.atol),
             adjoint=getattr(diffrax, adjoint)(),
         )
+        solved(found)
         loss += misfit(found.ys[sampled[here] > 0])
         u = found.ys[-1]
     return loss
+
+
+def ode_diffrax_stats(theta, data, size):
+    pieces = []
+    ode_diffrax(theta, data, size, solved=lambda found: pieces.append(found.stats))
+    names = {"steps": "num_accepted_steps", "rejected": "num_rejected_steps"}
+    return {name: sum(stats[key] for stats in pieces) for name, key in names.items()}
 
 
 def ode_diffrax_forward(theta, data, size):
@@ -403,6 +411,8 @@ IMPLEMENTATION = {
     },
     "ode": {
         "array": Implementation(ode, strategies={"checkpoint": ode_checkpoint}),
-        "diffrax-kvaerno5": Implementation(ode_diffrax, strategies={"forward": ode_diffrax_forward}),
+        "diffrax-kvaerno5": Implementation(
+            ode_diffrax, stats=ode_diffrax_stats, strategies={"forward": ode_diffrax_forward}
+        ),
     },
 }
