@@ -158,7 +158,7 @@ def memory(rows: pd.DataFrame) -> str:
     """Derivative against peak memory of one task in one setting, a point a way, at the size where checkpoints save a library
     most; nothing where they save none half of its own memory."""
     ok = rows.loc[(rows.status == "ok") & rows.peak_memory_bytes.gt(0)]
-    kept = (ok.strategy == "checkpoint") | (ok.form == "checkpoints")
+    kept = (ok.strategy == "checkpoint") | ok.form.isin(("checkpoints", "binomial"))
     every = ~kept & ok.strategy.isin(("adjoint", "reverse"))
     peaks = [part.groupby(["size", "backend"]).peak_memory_bytes.min().astype(float) for part in (ok[every], ok[kept])]
     saved = (peaks[0] / peaks[1]).dropna()

@@ -1,9 +1,12 @@
 """The Brusselator against the catalogue's reference values, against itself in other forms, and against SciPy."""
 
-from math import ceil
+from itertools import count
+from math import ceil, comb
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
 from problems import BadSize, Diverged, brusselator, gold, structure
@@ -152,6 +155,34 @@ def test_ode_reference(size, loss, A, B, alpha, mean):
     assert found == pytest.approx((loss, A, B, alpha), rel=1e-10)
     *_, last = brusselator.ode_states(theta, data, size)
     assert last[0].mean() == pytest.approx(mean, rel=1e-7)
+
+
+@given(st.integers(1, 300), st.integers(1, 12))
+def test_binomial_checkpoints(steps, slots):
+    """Every step is reversed once, from a state that is there, and as many are taken as Griewank and Walther prove the least."""
+    kept, left, taken = {0: 0}, steps, 0
+    for n, m, a, b in brusselator_numba.binomial(steps, slots):
+        assert kept[a] == n and max(a, b) <= slots
+        if m > n:
+            kept[b], taken = m, taken + m - n
+        else:
+            left -= 1
+            assert left == n
+    times = next(r for r in count() if comb(slots + r, slots) >= steps)
+    assert left == 0 and taken == times * steps - comb(slots + times, slots + 1)
+
+
+@pytest.mark.parametrize("size", [Imex(8), Imex(7, T=1.3, dt=0.01, alpha=2.5), Imex(9, T=0.3, save=0.3, dt=0.3)])
+def test_checkpoints_change_nothing(size):
+    theta, data = brusselator.imex_inputs(size)
+    loss, gradient = adjoint("imex", size)
+    for form in ("checkpoints", "binomial"):
+        implementation = brusselator_numba.IMPLEMENTATION["imex"][form]
+        work = implementation.prepare(structure(theta, data), size)
+        value, found = implementation.strategies["adjoint"](theta, data, size, work)
+        assert value == pytest.approx(loss, rel=1e-13)
+        for name, block in gradient.items():
+            assert found[name] == pytest.approx(block, rel=1e-9, abs=1e-9 * np.linalg.norm(block))
 
 
 def test_ode_exact_against_the_variational_equations():

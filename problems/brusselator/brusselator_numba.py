@@ -7,6 +7,7 @@ Of implicit the reverse sweep solves with J^T once a step, by the factors of J a
 as they were taken, their lengths no variables: each stage is one solve with the adjoint of diffusion, by the same iteration.
 """
 
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -173,23 +174,54 @@ class Work(NamedTuple):
     w: np.ndarray
     u0b: np.ndarray  # (2N, N)
     kept: np.ndarray  # (checkpoints, 2N, N)
+    schedule: np.ndarray  # (actions, 4) of `binomial`
 
 
-def imex_prepare(structure, size, checkpoint=False):
-    """States of all steps, or of one stretch of them between checkpoints: as many samples long as makes the sum small."""
+def imex_prepare(structure, size, states=None, kept=0, schedule=()):
+    """States of all steps, unless it is said how many."""
     N, (saves, every, _) = size.N, clock(size)
     dtype = np.result_type(*(structure[name].dtype for name in ("u0", "A", "B", "alpha")))
     basis, pad = imex_basis(N, dtype)
     fields = (np.zeros((2 * N, N + pad), dtype) for _ in range(3))
-    steps = saves * every
-    stretch = every * max(1, round(steps**0.5 / every)) if checkpoint else steps
-    shape = 2 * N, N
-    kept = np.empty((-(-steps // stretch) if checkpoint else 0, *shape), dtype)
-    return Work(basis, np.empty((stretch + 1, *shape), dtype), *fields, np.empty(shape, dtype), kept)
+    states, kept = (np.empty((n, 2 * N, N), dtype) for n in (states or saves * every + 1, kept))
+    return Work(basis, states, *fields, np.empty((2 * N, N), dtype), kept, np.array(schedule))
 
 
 def imex_checkpoints_prepare(structure, size):
-    return imex_prepare(structure, size, checkpoint=True)
+    """States of one stretch between checkpoints, as many samples long as makes the sum of both small."""
+    saves, every, _ = clock(size)
+    steps = saves * every
+    stretch = every * max(1, round(steps**0.5 / every))
+    return imex_prepare(structure, size, stretch + 1, -(-steps // stretch))
+
+
+def imex_binomial_prepare(structure, size):
+    """As few checkpoints as let no step be taken more than four times, and one state that is none."""
+    saves, every, _ = clock(size)
+    steps, slots = saves * every, 1
+    while comb(slots + 3, 3) < steps:
+        slots += 1
+    return imex_prepare(structure, size, 4, slots + 1, binomial(steps, slots))
+
+
+def binomial(steps, slots):
+    """The fewest steps that reverse so many from so few checkpoints (Griewank and Walther, ACM TOMS 26 (2000) 19, Algorithm
+    799): rows (n, m, a, b) that take the state of step n in slot a to that of step m in slot b, or, where m is n, reverse
+    step n."""
+
+    def back(n, m, slot):
+        free, length, times = slots - slot, m - n, 0
+        if length == 1 or free == 0:
+            yield n, n, slot, slot
+            return
+        while comb(free + times, free) < length:  # what so many slots reverse, no step taken more often
+            times += 1
+        k = n + min(comb(free + times - 1, free), length - comb(free + times - 2, free - 1))
+        yield n, k, slot, slot + 1
+        yield from back(k, m, slot + 1)
+        yield from back(n, k, slot)
+
+    return [*back(0, steps, 0)]
 
 
 def imex_basis(N, dtype, fft=True):
@@ -518,6 +550,61 @@ def imex_checkpoints(theta, data, size, work):
         Ab, Bb, cb = Ab + A1, Bb + B1, cb + c1
         r, w = (w, r) if steps % 2 else (r, w)  # as often as the kernel did
     work.u0b[:] = r[:, :N]
+    return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
+
+
+@njit(fastmath=True)
+def copy(x, out):
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = x[i, j]
+
+
+@njit(fastmath=True)
+def imex_binomial_kernel(u0, schedule, kept, states, A, B, disc, S, dt, steps, every, first, r, waves, w):
+    """The loss, and the cotangents of u0, A, B and alpha / dx^2."""
+    after, two, reached = states[2], states[:2], 0
+    copy(u0, kept[0])
+    loss, Ab, Bb, cb = misfit(u0, 0 * A), 0 * A, 0 * A, 0 * A
+    for row in range(len(schedule)):
+        n, m, a, b = schedule[row, 0], schedule[row, 1], schedule[row, 2], schedule[row, 3]
+        reverse = m == n
+        if n == steps - 1:  # of which the state at its end is not known yet
+            m = steps
+        if m > n:
+            copy(kept[a], two[n % 2])
+        for k in range(n, m):
+            new = two[(k + 1) % 2]
+            U0, V0 = react(two[k % 2], A, B, FORCING if k >= first else 0.0, disc, dt, w)
+            diffuse(w, U0, V0, S, waves, new)
+            if k == reached:  # for the first time
+                reached += 1
+                if reached % every == 0:
+                    loss = misfit(new, loss)
+        if not reverse:
+            copy(two[m % 2], kept[b])
+            continue
+        if m == steps:
+            copy(two[m % 2], after)
+            for i in range(after.shape[0]):
+                for j in range(after.shape[1]):
+                    r[i, j] = after[i, j] - 1
+        diffuse(r, 0 * A, 0 * A, S, waves, w)
+        cb += dot_lap(w, after)
+        copy(kept[a], after)
+        A1, B1 = react_vjp(after, A, dt, 1.0 if n % every == 0 else 0.0, w)
+        Ab += A1
+        Bb += B1
+        r, w = w, r
+    return loss, r, dt * Ab, dt * Bb, dt * cb
+
+
+def imex_binomial(theta, data, size, work):
+    N, (saves, every, first), S = size.N, clock(size), solver(theta["alpha"][()], size, work.basis)
+    given = theta["A"][()], theta["B"][()], data["disc"], S, size.dt, saves * every, every, first
+    u0, kept = theta["u0"].reshape(2 * N, N), (work.schedule, work.kept, work.states)
+    loss, u0b, Ab, Bb, cb = imex_binomial_kernel(u0, *kept, *given, work.r, work.waves, work.w)
+    work.u0b[:] = u0b[:, :N]
     return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
 
 
@@ -1520,6 +1607,7 @@ IMPLEMENTATION = {
     "imex": {
         "loops": Implementation(imex, imex_prepare, strategies={"adjoint": imex_adjoint, "duals": imex_duals}),
         "checkpoints": Implementation(imex, imex_checkpoints_prepare, strategies={"adjoint": imex_checkpoints}),
+        "binomial": Implementation(imex, imex_binomial_prepare, strategies={"adjoint": imex_binomial}),
     },
     "ude": {"loops": Implementation(ude, ude_prepare, strategies={"adjoint": ude_adjoint, "duals": ude_duals})},
     "implicit": {
