@@ -162,7 +162,7 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
     _references(todo, console)
     _floors(writer, context, before, [known[a] for a in context.plan], console)
 
-    crowded: list[Cell] = []  # out of memory because of the one beside it: again, alone
+    crowded: list[Cell] = []  # out of memory, or of time, beside another: again, alone
 
     def each(some: list[Cell], lanes: Sequence[list[int] | None], then: Callable[[CellRecord], None]) -> None:
         """Measures some cells side by side in the lanes, or one after the other where a cell says; `then` as they end."""
@@ -175,12 +175,15 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
             cpus = free.get()
             progress.update(bar, description=cell.address)
             try:
-                return _measure(cell, context, records, cpus)
+                found = _measure(cell, context, records, cpus)
+                if found.status != "timeout" or len(lanes) == 1 or found.wall_s < context.limit_s:
+                    return found
             except Crowded:
-                crowded.append(cell)
-                return None
+                pass
             finally:
                 free.put(cpus)
+            crowded.append(cell)
+            return None
 
         with _side_by_side(len(lanes)) as pool:
             for k, future in enumerate(as_completed([pool.submit(step, cell) for cell in some]), 1):

@@ -377,3 +377,22 @@ def test_a_disturbed_cell_is_measured_once_more_and_the_calmer_record_counts(mon
     assert asked == [*plan, plan[-1]] and dear in records
     assert [r.cell for r in written[:-1]] == plan + ([plan[-1]] if kept == "second" else [])
     assert records[-1] is (second if kept == "second" else first[plan[-1]])
+
+
+def test_what_timed_out_beside_another_cell_is_tried_again_alone(monkeypatch):
+    plan = [f"brusselator.rhs/numba/{strategy}@small" for strategy in ("adjoint", "difference", "duals")]
+    asked = []
+
+    def measured(cell, context, records, cpus):
+        asked.append((cell.address, cpus))
+        found = recorded(cell.address, 4e-4, wall_s=61.0)
+        return found.model_copy(update={"status": "timeout"} if cpus and cell.strategy == "duals" else {})
+
+    monkeypatch.setattr(run, "_measure", measured)
+    monkeypatch.setattr(run, "lanes", lambda: [[0], [1]])
+    for name in ("_references", "_floors", "_as_is"):
+        monkeypatch.setattr(run, name, lambda *a: None)
+    context = ledger.Context.model_construct(plan=plan, preset="quick", limit_s=60.0)
+    records = run.go(type("Nowhere", (), {"append": lambda self, line: None})(), context, None, Console(stderr=True))
+    assert len(asked) == 4 and asked[-1] == (plan[-1], None)
+    assert {r.cell: r.status for r in records} == dict.fromkeys(plan, "ok")
