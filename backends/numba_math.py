@@ -1,4 +1,4 @@
-"""What several problems compute in Numba: tanh, which libm makes slow. It is imported by implementations alone."""
+"""What several problems compute in Numba: tanh, which libm makes slow, and copies. It is imported by implementations alone."""
 
 import numpy as np
 from numba import njit, types
@@ -47,3 +47,11 @@ def tanh_by_factor(x):
     q = 1 + y * (5 / 11 + y * (2 / 99 + y * (1 / 10395)))
     s = from_bits((np.int64(n) + 1023) << 52) * (q + p)
     return (s - (q - p)) / (s + (q - p))
+
+
+@njit(fastmath=True)
+def copy(source, target):
+    """As loops: assigning an array to a slice compiles for seconds."""
+    for i in range(source.shape[0]):
+        for j in range(source.shape[1]):
+            target[i, j] = source[i, j]

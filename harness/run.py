@@ -75,6 +75,10 @@ def _late(cell: Cell) -> tuple[int, bool]:
     return SIZES.index(cell.size) if cell.size in SIZES else len(SIZES), cell.strategy in FOR_EACH_ENTRY
 
 
+def _may_be_beside(cell: Cell) -> bool:
+    return cell.size in BESIDE and cell.threads == 1 and cell.device == "cpu"
+
+
 def _main(cell: Cell) -> bool:
     return _taken(cell, "main")
 
@@ -200,9 +204,8 @@ def go(writer: Writer, context: Context, before: Run | None, console: Console) -
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as progress:
         side_by_side = lanes() if PRESETS[context.preset].lanes else [None]
-        small = [c for c in todo if c.size in BESIDE and c.threads == 1 and c.device == "cpu"]
-        alone = [c for c in todo if c not in small]
-        each(small, side_by_side, keep)
+        beside, alone = ([c for c in todo if _may_be_beside(c) == one] for one in (True, False))
+        each(beside, side_by_side, keep)
         one_lane = time.monotonic()
         each(alone + crowded, [None], keep)
         if PRESETS[context.preset].ways != "main":

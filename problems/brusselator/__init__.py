@@ -302,10 +302,15 @@ def diverged():
     return Diverged(f"Newton's method did not converge in {MOST_NEWTON} iterations; give a smaller dt.")
 
 
+def second_difference(N):
+    """Of N points on a ring, (N, N)."""
+    one = np.eye(N)
+    return (np.roll(one, 1, 0) + np.roll(one, -1, 0) - 2 * one) * (N - 1) ** 2
+
+
 def lap_matrix(N):
     """lap of both fields, sparse, (2 N^2, 2 N^2)."""
-    one = np.eye(N)
-    ring = (np.roll(one, 1, 0) + np.roll(one, -1, 0) - 2 * one) * (N - 1) ** 2
+    ring = second_difference(N)
     return kron(eye_array(2), kron(ring, eye_array(N)) + kron(eye_array(N), ring), "csc")
 
 

@@ -18,20 +18,19 @@ from problems.brusselator import (
     eigenvalues,
     fourier,
     pieces,
+    second_difference,
 )
 
 UNROLLED = 6  # Newton iterations where each is differentiated: as many in every step, one more than they need
 
 
-def second_difference(N):
-    """Of N points on a ring, a sparse (N, N)."""
-    one = np.eye(N)
-    return ca.sparsify(ca.DM((np.roll(one, 1, 0) + np.roll(one, -1, 0) - 2 * one) * (N - 1) ** 2))
+def sparse_difference(N):
+    return ca.sparsify(ca.DM(second_difference(N)))
 
 
 def rhs(theta, data, size):
     (U, V), A, B, alpha = ca.horzsplit(theta["u"], size.N), theta["A"], theta["B"], theta["alpha"]
-    L = second_difference(size.N)
+    L = sparse_difference(size.N)
     force = FORCING * data["disc"] if size.t >= T_FORCING else 0.0
     U2V = U * U * V
     dU = B + U2V - (A + 1) * U + force + alpha * (ca.mtimes(L, U) + ca.mtimes(U, L))
@@ -120,7 +119,7 @@ def ude_flat(theta, data, size):
 
 def residual(size):
     """Of a step of backward Euler, scalar by scalar (SX), so that its Jacobian is sparse: the unknowns, the rest, F."""
-    N, dt, D = size.N, size.dt, second_difference(size.N)
+    N, dt, D = size.N, size.dt, sparse_difference(size.N)
     x, u, push = ca.SX.sym("x", 2 * N * N), ca.SX.sym("u", N, 2 * N), ca.SX.sym("push", N, N)
     A, B, alpha = ca.SX.sym("A"), ca.SX.sym("B"), ca.SX.sym("alpha")
     U, V = ca.horzsplit(ca.reshape(x, N, 2 * N), N)
@@ -174,7 +173,7 @@ def implicit_root(theta, data, size):
 def ode(theta, data, size, solved=lambda solver: None):
     """CVODES (Hindmarsh et al., ACM TOMS 31 (2005) 363): BDF of variable order, Newton with a sparse QR. Its gradient is the
     adjoint equation, solved on the interpolated solution. It stops where the forcing sets in, and samples by interpolation."""
-    N, D = size.N, second_difference(size.N)
+    N, D = size.N, sparse_difference(size.N)
     x, push = ca.SX.sym("x", 2 * N * N), ca.SX.sym("push", N, N)
     A, B, alpha1, alpha2 = fields = [ca.SX.sym(name, N, N) for name in ("A", "B", "alpha1", "alpha2")]
     U, V = ca.horzsplit(ca.reshape(x, N, 2 * N), N)

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from backends.numba_backend import LANES, by_chunks
-from backends.numba_math import tanh
+from backends.numba_math import copy, tanh
 from problems import Implementation, structure
 from problems.brusselator import (
     A_UDE,
@@ -515,14 +515,20 @@ def imex(theta, data, size, work):
     return imex_primal(theta, data, size, work, work.states[:2])[0]
 
 
+def imex_gradient(work, u0b, Ab, Bb, cb):
+    """By block, of the cotangents of u0, A, B and alpha / dx^2."""
+    N = work.u0b.shape[1]
+    work.u0b[:] = u0b[:, :N]
+    return {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
+
+
 def imex_adjoint(theta, data, size, work):
     N, (saves, every, _) = size.N, clock(size)
     loss, S = imex_primal(theta, data, size, work, work.states)
     A = theta["A"][()]
     np.subtract(work.states[-1], 1, out=work.r[:, :N])
     u0b, Ab, Bb, cb = imex_vjp_kernel(work.states, A, S, size.dt, saves * every, every, work.r, work.waves, work.w)
-    work.u0b[:] = u0b[:, :N]
-    return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
+    return loss, imex_gradient(work, u0b, Ab, Bb, cb)
 
 
 def imex_checkpoints(theta, data, size, work):
@@ -549,15 +555,7 @@ def imex_checkpoints(theta, data, size, work):
         _, A1, B1, c1 = imex_vjp_kernel(states, A, S, size.dt, steps, every, r, work.waves, w)
         Ab, Bb, cb = Ab + A1, Bb + B1, cb + c1
         r, w = (w, r) if steps % 2 else (r, w)  # as often as the kernel did
-    work.u0b[:] = r[:, :N]
-    return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
-
-
-@njit(fastmath=True)
-def copy(x, out):
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            out[i, j] = x[i, j]
+    return loss, imex_gradient(work, r, Ab, Bb, cb)
 
 
 @njit(fastmath=True)
@@ -604,8 +602,7 @@ def imex_binomial(theta, data, size, work):
     given = theta["A"][()], theta["B"][()], data["disc"], S, size.dt, saves * every, every, first
     u0, kept = theta["u0"].reshape(2 * N, N), (work.schedule, work.kept, work.states)
     loss, u0b, Ab, Bb, cb = imex_binomial_kernel(u0, *kept, *given, work.r, work.waves, work.w)
-    work.u0b[:] = u0b[:, :N]
-    return loss, {"u0": work.u0b.reshape(2, N, N), "A": Ab, "B": Bb, "alpha": cb * (N - 1) ** 2}
+    return loss, imex_gradient(work, u0b, Ab, Bb, cb)
 
 
 def imex_duals(theta, data, size, work):
@@ -1293,13 +1290,12 @@ def cg(S, b, tolerance):
     for k in range(y.size):
         y[k] = p[k] = 0
     for m in range(min(number, KNOWN)):
-        part, S_part, total = S.known[m], S.S_known[m], 0.0
+        part, S_part = S.known[m], S.S_known[m]
+        a = dot(part, res)
+        energy += a * a
         for k in range(y.size):
-            total += part[k] * res[k]
-        energy += total * total
-        for k in range(y.size):
-            y[k] += total * part[k]
-            res[k] -= total * S_part[k]
+            y[k] += a * part[k]
+            res[k] -= a * S_part[k]
     new, S_new = S.known[number % KNOWN], S.S_known[number % KNOWN]
     for k in range(y.size):
         new[k], S_new[k] = y[k], res[k]

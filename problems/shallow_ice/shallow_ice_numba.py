@@ -19,6 +19,7 @@ import numpy as np
 from numba import njit
 
 from backends.numba_backend import LANES, by_chunks
+from backends.numba_math import copy
 from problems import Implementation
 from problems.shallow_ice import (
     A_MAX,
@@ -322,14 +323,6 @@ def ude_prepare(structure, size):
     thetab = tuple(block.reshape(shape) for block, shape in zip(np.split(flat, ends[:-1]), shapes, strict=True))
     A_span, ssp = np.array([A_MIN, A_MAX - A_MIN], dtype), np.array(SSPRK3, dtype)
     return UdeWork(dtype.type(unit / spy), eps, A_span, ssp, X, L, rows, z, zb, flat, thetab)
-
-
-@njit(fastmath=True)
-def copy(source, target):
-    """As loops: assigning an array to a slice compiles for seconds."""
-    for i in range(source.shape[0]):
-        for j in range(source.shape[1]):
-            target[i, j] = source[i, j]
 
 
 @njit(fastmath=True)
