@@ -35,8 +35,6 @@ class Torch(Backend):
             "CUDA_MODULE_LOADING": "LAZY",
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            # they pay from the second program on; with no cache every cell is the first, 9 s quicker without
-            "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
         }
 
     def __init__(self, device):
