@@ -930,6 +930,12 @@ def _primal():
         gradients = pullback.bind(*inputs, *cotangents, program=program, active=active)[len(program.outputs) :]
         return [None] * len(inputs) + list(gradients)
 
+    def transpose_back(cotangents, *arrays, program, active):
+        """The transpose of the vjp is the jvp: solvers that are given a transposed matrix ask for it."""
+        inputs = arrays[: len(program.inputs)]
+        tangents = [ad.instantiate_zeros(c) for c in cotangents[len(program.outputs) :]]
+        return [None] * len(inputs) + tangent.bind(*inputs, *tangents, program=program, active=active)
+
     def linearize(is_vjp, nonzero, *inputs, program):
         active = tuple(k for k, some in enumerate(nonzero) if some)
         number = is_vjp and [s.shape for s in program.outputs] == [()] and program.outputs[0].real
@@ -955,6 +961,7 @@ def _primal():
     ad.primitive_jvps[primal] = jvp
     ad.primitive_jvps[tangent] = ad.primitive_jvps[pullback] = once
     ad.primitive_transposes[tangent] = transpose
+    ad.primitive_transposes[pullback] = transpose_back
     primitive_linearizations[primal] = linearize
     return primal
 
@@ -1023,6 +1030,13 @@ class Enzyme(Backend):
 
     def reverse(self, loss):
         return self.jax.jit(self.jax.value_and_grad(loss))
+
+    def implicit(self, loss):
+        return self.reverse(loss)
+
+    def implicit_primal(self, loss):
+        """Of the loss by the rule, which is what is differentiated."""
+        return self.primal(loss)
 
     def forward(self, loss):
         jax = self.jax

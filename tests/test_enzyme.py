@@ -854,6 +854,23 @@ def test_transformations():
     close([summed(xs)], [want])
 
 
+def test_transposed_twice():
+    """J v and (J^T)^T v are the same: a solver without a matrix asks JAX for the transpose of a transpose."""
+
+    @njit
+    def square(x, out):
+        for i in range(x.size):
+            out[i] = x[i] * x[i - 1]
+
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    _, J = jax.linearize(lambda x: differentiable(square)(x, output(X.shape)), X)
+    JT = jax.linear_transpose(J, shape)
+    JTT = jax.linear_transpose(lambda w: JT(w)[0], shape)
+    v = jnp.cos(X)
+    want = v * jnp.roll(X, 1) + X * jnp.roll(v, 1)
+    close([J(v), jax.jit(JTT)(v)[0]], [want, want])
+
+
 def test_recurrence_under_scan():
     """A kernel as the step of a loop in JAX: the derivative goes through the state."""
 

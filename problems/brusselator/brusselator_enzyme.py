@@ -5,14 +5,17 @@ takes 8, the zeros that a scatter starts from 22, the primal 50 and the reverse 
 sums a cell go to memory, and may be those of the next cell: no SIMD. The same scatter by hand in Numba takes 340.
 
 Of imex the reaction is Enzyme's, and JAX's FFT and loop are around it: that is 0.6 to 0.8 of the time of JAX alone at N = 64,
-as much at 32. In `loops` all of it is one kernel, where the waves are had by products with Q: 3.6 and 1.8 times as long. Of
-implicit the elimination itself is differentiated, in every Newton iteration, of which the hand adjoint does without most.
+as much at 32. In `loops` all of it is one kernel, where the waves are had by products with Q: 3.6 and 1.8 times as long.
+
+Of implicit the elimination itself is differentiated, in every Newton iteration: 20 and 45 times the hand adjoint at N = 8 and
+16. The strategy implicit differentiates the residual at the root, and one solve with J^T is beside it: as fast as by hand.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from enzyme_ad.jax import cpp_call
+from jax import lax
 from llvmlite.binding import get_host_cpu_name
 from numba import njit
 
@@ -21,13 +24,17 @@ from backends.numba_math import tanh_by_factor as tanh
 from problems import Implementation
 from problems.brusselator import A_UDE, B_UDE, FORCING, T_FORCING, brusselator_jax, clock, eigenvalues, fourier
 from problems.brusselator.brusselator_numba import (
+    factorise,
     fold,
     imex_basis,
     imex_kernel,
     implicit_kernel,
+    newton,
     react,
     reaction_rows,
+    residual,
     rhs_kernel,
+    solve,
 )
 
 
@@ -219,7 +226,8 @@ def implicit_from_start(u0, A, B, c, disc, row, N, dt, steps, every, first, tole
 
 def implicit(theta, data, size):
     """N is an array, whose value LLVM does not know: it unrolls loops of 32 before it could make them SIMD, and at N = 8 the
-    primal takes 11 times as long then, compiling the gradient twice."""
+    primal takes 11 times as long then, compiling the gradient twice. Where it knows how many blocks there are, Enzyme walks
+    each path through the unrolled solves, and at N = 16 it had not compiled them after minutes."""
     N, u0, (saves, every, first) = size.N, theta["u0"], clock(size)
     c, m, (row, R) = size.dt * theta["alpha"] * (N - 1) ** 2, 2 * N, fold(N)
     buffers = (scratch(shape, u0.dtype) for shape in ((2, R, m), (R // 2, 2 * m, 2 * m), (R, m), (R, m), 2 * m))
@@ -227,6 +235,61 @@ def implicit(theta, data, size):
     return differentiable(implicit_from_start)(
         u0, theta["A"], theta["B"], c, data["disc"], jnp.asarray(row), jnp.asarray(N), *fixed, *buffers
     )
+
+
+@njit
+def root_of(u, A, B, c, force, disc, row, N, dt, tolerance, w, P, F, x, y):
+    F[:] = 0  # an odd ring's row of zeros
+    if newton(w, u, A, B, c, force, disc, row, N, dt, tolerance, 0, P, F, x, y) == 0:
+        w[:] = np.nan
+
+
+@njit
+def solve_adjoint(wb, w, A, c, N, dt, lam, P, y):
+    """lam = J(w)^-T wb"""
+    factorise(w, A, c, dt, N, P)
+    solve(P, c, N, wb, lam, y, True)
+
+
+def implicit_root(theta, data, size):
+    """Newton's iteration is a primal only: Enzyme's is the vjp of F at the root, and one solve with J^T comes before it."""
+    N, dt, dtype, (saves, every, first) = size.N, size.dt, theta["u0"].dtype, clock(size)
+    m, (row, R) = 2 * N, fold(N)
+    shape, tolerance = (R, m), float(np.sqrt(np.finfo(dtype).eps))
+    P, x, y = (scratch(shape, dtype) for shape in ((R // 2, 2 * m, 2 * m), shape, 2 * m))
+
+    def F(w, u, A, B, c, source):
+        return differentiable(residual)(w, u, A, B, c, 1.0, source, row, dt, output(shape, dtype))
+
+    @jax.custom_vjp
+    def root(u, A, B, c, source):
+        w = output(shape, dtype)
+        return differentiable(root_of)(u, A, B, c, 1.0, source, row, np.array(N), dt, tolerance, w, P, x, x, y)
+
+    def forward(*given):
+        w = root(*given)
+        return w, (w, *given)
+
+    def backward(known, wb):
+        w, *given, source = known
+        _, A, _, c = given
+        lam = differentiable(solve_adjoint)(wb, w, A, c, np.array(N), dt, output(shape, dtype), P, y)
+        return *jax.vjp(lambda *given: F(w, *given, source), *given)[1](-lam), None
+
+    root.defvjp(forward, backward)
+    c = dt * theta["alpha"] * (N - 1) ** 2
+
+    def step(u, force):
+        return root(u, theta["A"], theta["B"], c, force * data["disc"]), None
+
+    def interval(u, forces):
+        u, _ = lax.scan(step, u, forces)
+        return u, jnp.sum((1 - u[:N]) ** 2) / 2
+
+    forces = FORCING * (np.arange(1, saves * every + 1) >= first).astype(dtype)
+    u0 = theta["u0"][:, row].swapaxes(0, 1).reshape(N, m)
+    _, losses = lax.scan(interval, jnp.pad(u0, ((0, R - N), (0, 0))), forces.reshape(saves, every))
+    return jnp.sum((1 - u0) ** 2) / 2 + jnp.sum(losses)
 
 
 def reaction(u, A, B, force):
@@ -246,6 +309,6 @@ IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs), "cpp": Implementation(rhs_cpp)},
     "imex": {"fft": Implementation(imex_fft), "loops": Implementation(imex), "cpp": Implementation(imex_cpp)},
     "ude": {"fft": Implementation(ude)},
-    "implicit": {"loops": Implementation(implicit)},
+    "implicit": {"loops": Implementation(implicit, strategies={"implicit": implicit_root})},
     "ode": {"scan": Implementation(ode)},
 }

@@ -960,7 +960,7 @@ def invert(D, m):
 def factorise(w, A, c, dt, N, P):
     """P = the inverted blocks of J(w)."""
     m = 2 * N
-    for b in range(len(P)):
+    for b in range((N + 1) // 2):
         D, Q, c2 = P[b], P[b - 1], -c * c
         if 2 * b + 1 < N:
             for i in range(2 * m):
@@ -1002,10 +1002,9 @@ def times(P, y, out, transposed):
 
 
 @njit(fastmath=True)
-def solve(P, c, b, x, y, transposed):
+def solve(P, c, N, b, x, y, transposed):
     """x = J^-1 b or J^-T b; b is spent."""
-    blocks, m = len(P), P.shape[1] // 2
-    odd = blocks * 2 > m // 2
+    blocks, m, odd = (N + 1) // 2, 2 * N, N % 2 == 1
     b, x = b.reshape(blocks, 2 * m), x.reshape(blocks, 2 * m)
     for k in range(blocks):
         end = odd and k == blocks - 1
@@ -1034,7 +1033,7 @@ def newton(w, u, A, B, c, force, disc, row, N, dt, tolerance, more, P, F, x, y):
     for k in range(MOST_NEWTON):
         residual(w, u, A, B, c, force, disc, row, dt, F)
         factorise(w, A, c, dt, N, P)
-        solve(P, c, F, x, y, False)
+        solve(P, c, N, F, x, y, False)
         moves = False
         for p in range(N):
             for j in range(2 * N):
@@ -1073,7 +1072,7 @@ def implicit_vjp_kernel(states, A, c, dt, steps, every, N, P, wb, lam, y):
     for n in range(steps - 1, -1, -1):
         w, u = states[n + 1], states[n]
         factorise(w, A, c, dt, N, P)
-        solve(P, c, wb, lam, y, True)
+        solve(P, c, N, wb, lam, y, True)
         sampled = 1.0 if n % every == 0 else 0.0
         for p in range(N):
             before, after = beside(p, N)

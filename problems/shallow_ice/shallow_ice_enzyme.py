@@ -4,6 +4,8 @@ The semi-implicit step's assembly is such a kernel too; its solve is JAX's besid
 code that Enzyme sees.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,6 @@ from problems import Implementation
 from problems.shallow_ice import (
     A_MAX,
     A_MIN,
-    CFL,
-    D_MIN,
-    DAMPING,
     DT,
     HALFAR_A,
     HALFAR_RHO_G,
@@ -28,15 +27,20 @@ from problems.shallow_ice import (
     most_iterations,
     pseudo_transient_stats,
     semi_implicit_stats,
+    shallow_ice_jax,
     steps_a_year,
 )
-from problems.shallow_ice.shallow_ice_jax import fluidity, on_host, pad, semi_implicit_prepare, solve
+from problems.shallow_ice.shallow_ice_jax import fluidity, on_host, pad, root, semi_implicit_prepare, solve
 from problems.shallow_ice.shallow_ice_numba import (
     SSPRK3,
+    clear,
     copy,
     corners,
+    flow_row,
     halfar_kernel,
     pseudo_transient_kernel,
+    relax,
+    relaxation,
     rhs_kernel,
     scales,
     ssprk3,
@@ -151,12 +155,52 @@ def pseudo_transient_or_nan(T0, lnA, A, c, eps, numbers, most, X, V, w, rows, en
 def pseudo_transient(theta, data, size):
     """The while loop as it is: Enzyme keeps what it wants again of as many iterations as there were. Room for all states
     spares it little here (0.85 of the time at N = 50), and as much as there may have to be is slower (1.9 at N = 100)."""
-    N, T0, dx = size.N, data["T0"], PLATE / size.N
-    numbers = np.array([1 / DT, DAMPING, 1 / CFL, D_MIN / dx**2, size.tol], T0.dtype)
+    N, T0 = size.N, data["T0"]
     buffers = [scratch(shape, T0.dtype) for shape in ((2, N, N), (N, N), (1, N, N), (6, N))]
-    fixed = *units(dx, PLATE_RHO_G, T0.dtype), numbers, most_iterations(size)
+    fixed = *units(PLATE / N, PLATE_RHO_G, T0.dtype), relaxation(size, T0.dtype), most_iterations(size)
     ends = scratch(size.steps + 1, "int64")
     return differentiable(pseudo_transient_or_nan)(T0, theta["lnA"], data["A"], *fixed, *buffers, ends)
+
+
+@njit
+def relax_or_nan(T0, A, c, eps, numbers, most, out, X, V, rows):
+    copy(T0, X[0])
+    clear(V)
+    k, off = 0, numbers[4]
+    while off >= numbers[4] and k < most:
+        off = relax(X[k % 2], T0, c * A[()], eps, numbers, V, X[(k + 1) % 2], rows)
+        k += 1
+    copy(X[k % 2], out)
+    if off >= numbers[4]:
+        out[:] = np.nan
+
+
+@njit
+def spread_kernel(T, A, c, eps, out, rows):
+    """dt div(D grad T)"""
+    N, Ks, Fs, f = len(T), rows[0], rows[1], rows[2]
+    for j in range(N):
+        Ks[j] = Fs[j] = 0
+    for i in range(N - 1):
+        flow_row(T, i, c * A[()], eps, Ks, Fs, f, None)
+        if i > 0:
+            for j in range(1, N - 1):
+                out[i, j] = DT * f[j]
+
+
+def pseudo_transient_root(theta, data, size):
+    """The loop is a primal only: of the residual at its end Enzyme gives the jvp and the vjp, and JAX's solve takes both."""
+
+    def relax(T0, A, size):
+        buffers = (scratch(shape, T0.dtype) for shape in ((2, *T0.shape), T0.shape, (6, size.N)))
+        fixed = *units(PLATE / size.N, PLATE_RHO_G, T0.dtype), relaxation(size, T0.dtype), most_iterations(size)
+        return differentiable(relax_or_nan)(T0, A, *fixed, output(T0.shape, T0.dtype), *buffers)
+
+    def spread(T, A, size):
+        buffers = output(T.shape, T.dtype), scratch((3, size.N), T.dtype)
+        return differentiable(spread_kernel)(T, A, *units(PLATE / size.N, PLATE_RHO_G, T.dtype), *buffers)
+
+    return shallow_ice_jax.pseudo_transient(theta, data, size, partial(root, relax=relax, spread=spread))
 
 
 IMPLEMENTATION = {
@@ -164,5 +208,9 @@ IMPLEMENTATION = {
     "ude": {"loops": Implementation(ude), "scan": Implementation(ude_scan)},
     "semi_implicit": {"loops": Implementation(semi_implicit, semi_implicit_prepare, stats=semi_implicit_stats)},
     "halfar": {"loops": Implementation(halfar)},
-    "pseudo_transient": {"loops": Implementation(pseudo_transient, stats=pseudo_transient_stats)},
+    "pseudo_transient": {
+        "loops": Implementation(
+            pseudo_transient, stats=pseudo_transient_stats, strategies={"implicit": pseudo_transient_root}
+        )
+    },
 }

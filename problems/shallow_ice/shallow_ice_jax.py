@@ -356,7 +356,12 @@ def relax_taped(T0, A, size):
     return end(T0, A)
 
 
-def root(T0, A, size):
+def spread(T, A, size):
+    """dt div(D grad T), 0 on the border."""
+    return pad(flow(*conductance(T, 0.0, A, PLATE / size.N, DT, PLATE_RHO_G), T))
+
+
+def root(T0, A, size, relax=relax, spread=spread):
     """Where the loop would end at last, differentiated by the implicit function theorem: nothing of the loop is kept, and
     its derivative is one linear solve, without a matrix. The transpose of bicgstab itself, and so of lax.custom_root with it,
     asks to open an issue: it must be told again that it is a linear solve."""
@@ -364,8 +369,7 @@ def root(T0, A, size):
 
     def residual(T, T0, A):
         """Where the loop cuts T off at 0, T is 0."""
-        F = flow(*conductance(T, 0.0, A, PLATE / size.N, DT, PLATE_RHO_G), T)
-        return jnp.where(T > 0, T - T0 - pad(F), T)
+        return jnp.where(T > 0, T - T0 - spread(T, A, size), T)
 
     @jax.custom_jvp
     def end(T0, A):

@@ -1019,15 +1019,25 @@ class PseudoTransientWork(NamedTuple):
     ends: np.ndarray  # (steps + 1): where in X each step ends
 
 
+def relaxation(size, dtype):
+    """The numbers of `relax`: 1 / dt, damping, 1 / CFL, D_MIN / dx^2 and where the loop ends."""
+    return np.array([1 / DT, DAMPING, 1 / CFL, D_MIN / (PLATE / size.N) ** 2, size.tol], dtype)
+
+
 def pseudo_transient_prepare(structure, size):
     """X has room for as many iterations as there may be, of which fewer than half are used: memory that nobody touches."""
-    N, dtype, dx = size.N, structure["T0"].dtype, PLATE / size.N
-    numbers = np.array([1 / DT, DAMPING, 1 / CFL, D_MIN / dx**2, size.tol], dtype)
+    N, dtype = size.N, structure["T0"].dtype
     shapes = (size.steps * most_iterations(size) + 1, N, N), (N, N), (4, N, N), (6, N)
     X, V, w, rows = (np.empty(shape, dtype) for shape in shapes)
     w[:] = 0
     return PseudoTransientWork(
-        *units(dx, PLATE_RHO_G, dtype), numbers, X, V, w, rows, np.empty(size.steps + 1, np.int64)
+        *units(PLATE / N, PLATE_RHO_G, dtype),
+        relaxation(size, dtype),
+        X,
+        V,
+        w,
+        rows,
+        np.empty(size.steps + 1, np.int64),
     )
 
 
