@@ -7,11 +7,12 @@ JAX that carries Enzyme and LLVM, compiles the whole and runs it as an XLA custo
 
 enzyme-ad's own rules for derivatives are not used: it is asked for a plain call, whose code contains the derivative. So
 activity is ours (what is not differentiated gets no shadow), nothing of a tape passes through XLA, and a scalar kernel
-gives its value and gradient in one call. What a kernel may do is written at `differentiable`; tests/test_enzyme.py shows
+gives its value and gradient in one call. A function that the kernel calls may have a reverse rule instead (`rule`). What a kernel may do is written at `differentiable`; tests/test_enzyme.py shows
 it. What cannot be done raises EnzymeError with one sentence, before anything runs.
 """
 
 import ctypes
+import inspect
 import math
 import os
 import re
@@ -85,6 +86,18 @@ def differentiable(kernel, *shapes):
         return out[0] if len(out) == 1 else tuple(out)
 
     return call
+
+
+def rule(kernel, vjp, wrt):
+    """A reverse rule: where a differentiated kernel calls this @njit function, Enzyme does not look into it.
+
+    The function returns nothing; its arguments are arrays, tuples of arrays and numbers. `vjp`, an @njit function too, is
+    given the same arguments, and after them the cotangents of the arrays named in `wrt`: it adds to those of what was read
+    and clears that of what was written. On the way back numbers are what they were at the call, arrays what they are by
+    then; numbers and arrays not named have no derivative. There is no forward rule.
+    """
+    names = list(inspect.signature(kernel.py_func).parameters)
+    _rules[kernel] = vjp, tuple(names.index(name) for name in wrt)
 
 
 def check():
@@ -267,15 +280,18 @@ def _program(kernel, spec, shapes):
 
 
 _programs = []
+_rules = {}
 
 
 def _compile(kernel, types):
     """Numba's overload of the kernel, not optimised: that comes before (_optimized) and after differentiating."""
     from numba import config
     from numba.core.errors import NumbaError, UnsupportedBytecodeError
+    from numba.core.registry import cpu_target
 
     if not hasattr(kernel, "overloads"):
         raise EnzymeError(f"{kernel} is no Numba kernel; decorate it with @njit.")
+    _ = cpu_target.target_context  # made here, because it optimises ever after as it was told to first
     before = {key: getattr(config, key) for key in ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE")}
     for key, value in before.items():
         setattr(config, key, type(value)(0))
@@ -337,7 +353,7 @@ KNOWN = LIBM | {"memcpy", "memset", "memmove", "take", "gemm.double", "gemm.floa
 
 def _link(name, overload, types, core):
     """(IR of the kernel and its core, as Enzyme wants it, the arguments of core that are only read)."""
-    module = _linked(_ir_of(overload), NUMBA + core)
+    module = _linked(_ruled(_ir_of(overload)), NUMBA + core)
     if "numba_attempt_nocopy_reshape" in {f.name for f in module.functions}:
         module = _linked(str(module), _reshape())
     expected = [str(a.type) for a in module.get_function(overload.fndesc.llvm_func_name).arguments]
@@ -350,7 +366,7 @@ def _link(name, overload, types, core):
     for unroll in (False, True):
         module = _optimized(whole, unroll)
         absent = [x.name for x in (*module.functions, *module.global_variables) if x.is_declaration]
-        missing = [x for x in absent if not x.startswith("llvm.") and x not in KNOWN]
+        missing = [x for x in absent if not x.startswith("llvm.") and x not in KNOWN | _glues.keys()]
         if not missing:
             break
     text, why = _text(module), ""
@@ -692,6 +708,152 @@ end:
 """)  # noqa: E501
 
 
+# A call of a function that has a rule, with pointers alone, the first to its numbers, as above. Numba has compiled it and its
+# vjp as it always does. What is not differentiated is its own shadow: its cotangent is zeros, and nobody reads them.
+RULE = """
+@__enzyme_register_gradient.NAME = global [3 x ptr] [ptr @NAME, ptr @NAME.keep, ptr @NAME.reverse]
+
+define internal void @NAME(ptr %s, DATA) noinline {
+  %ret = alloca ptr
+  %exc = alloca ptr
+NUMBERS  %code = call i32 inttoptr (i64 PRIMAL to ptr)(ptr %ret, ptr %exc, ARGUMENTS)
+  ret void
+}
+
+define internal ptr @NAME.keep(ptr %s, ptr %ds, BOTH) noinline {
+  call void @NAME(ptr %s, DATA)
+  %kept = call ptr @malloc(i64 BYTES)
+  call void @llvm.memcpy.p0.p0.i64(ptr %kept, ptr %s, i64 BYTES, i1 false)
+  ret ptr %kept
+}
+
+define internal void @NAME.reverse(ptr %_s, ptr %_ds, BOTH, ptr %s) noinline {
+  %ret = alloca ptr
+  %exc = alloca ptr
+NUMBERSSPARE  %code = call i32 inttoptr (i64 VJP to ptr)(ptr %ret, ptr %exc, ARGUMENTS, COTANGENTS)
+FREE  call void @free(ptr %s)
+  ret void
+}
+"""
+SPARE = """  %bytes{k} = mul i64 %x{items}, %x{size}
+  %spare{k} = call ptr @malloc(i64 %bytes{k})
+  call void @llvm.memset.p0.i64(ptr %spare{k}, i8 0, i64 %bytes{k}, i1 false)
+  %still{k} = icmp eq ptr %x{k}, %dx{k}
+  %c{k} = select i1 %still{k}, ptr %spare{k}, ptr %dx{k}
+"""
+IN_CORE = """
+declare void @NAME(POINTERS)
+
+define void @NAME.call(ALL) alwaysinline {
+  %s = alloca [COUNT x i64]
+STORED  call void @NAME(ptr %s, DATA)
+  ret void
+}
+"""
+
+
+@dataclass(frozen=True)
+class Glue:
+    """A rule for arguments of some types."""
+
+    name: str
+    core: str  # IR by which a kernel calls it, with what Numba passes
+    code: str  # IR of what is called there
+    compiled: tuple  # Numba's, kept so that its code stays where it is
+
+
+_glues = {}
+
+
+def _passed(x):
+    """What Numba passes for an argument of this type, in order: IR types, each with "data", "number" or "null"."""
+    from numba import types
+
+    if isinstance(x, types.Array):
+        head = [("ptr", "null"), ("ptr", "null"), ("i64", "number"), ("i64", "number"), ("ptr", "data")]
+        return head + [("i64", "number")] * (2 * x.ndim)
+    if isinstance(x, types.BaseTuple):
+        return [value for part in x.types for value in _passed(part)]
+    if str(x) in IR_TYPES:
+        return [(IR_TYPES[str(x)], "number")]
+    raise EnzymeError(f"A function with a rule takes arrays, tuples of them and numbers, not {x}.")
+
+
+def _anew(kernel, made):
+    """The function and all that it calls, to be compiled as Numba does by itself: of what was compiled once, not optimised, for
+    a kernel, Numba would take the code that is there."""
+    from numba import jit
+    from numba.core.dispatcher import Dispatcher
+
+    if kernel not in made:
+        f = kernel.py_func
+        called = {name: f.__globals__.get(name) for name in f.__code__.co_names}
+        scope = {name: _anew(x, made) for name, x in called.items() if isinstance(x, Dispatcher)}
+        copy = FunctionType(f.__code__, f.__globals__ | scope, f.__name__, f.__defaults__, f.__closure__)
+        made[kernel] = jit(**kernel.targetoptions)(copy)
+    return made[kernel]
+
+
+@cache
+def _glue(kernel, types):
+    (vjp, wrt), made = _rules[kernel], {}
+    passed = [_passed(x) for x in types]
+    starts, flat = np.cumsum([0, *map(len, passed)]), [value for some in passed for value in some]
+    data, numbers = ([k for k, (_, what) in enumerate(flat) if what == which] for which in ("data", "number"))
+
+    def values(ks, cotangent=False):
+        names = {"null": "null", "number": "%x{}", "data": "%c{}" if cotangent else "%x{}"}
+        return ", ".join(f"{flat[k][0]} {names[flat[k][1]].format(k)}" for k in ks)
+
+    def each_number(line):
+        at = "  %s{k} = getelementptr i64, ptr %s, i64 {j}\n  " + line + "\n"
+        return "".join(at.format(j=j, k=k, type=flat[k][0]) for j, k in enumerate(numbers))
+
+    def compiled(kernel, types):
+        kernel = _anew(kernel, made)
+        kernel.compile(types)
+        return kernel.overloads[types]
+
+    def address(overload):
+        return str(overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name))
+
+    name, cotangents = f"rule.{len(_glues)}", [k for w in wrt for k in range(starts[w], starts[w + 1])]
+    functions = compiled(kernel, types), compiled(vjp, (*types, *(types[w] for w in wrt)))
+    spare = [{"items": k - 2, "size": k - 1, "k": k} for k in cotangents if flat[k][1] == "data"]
+    words = {
+        "NAME": name,
+        "DATA": values(data),
+        "BOTH": ", ".join(f"ptr %x{k}, ptr %dx{k}" for k in data),
+        "NUMBERS": each_number("%x{k} = load {type}, ptr %s{k}"),
+        "STORED": each_number("store {type} %x{k}, ptr %s{k}"),
+        "COUNT": str(len(numbers)),
+        "BYTES": str(8 * len(numbers)),
+        "PRIMAL": address(functions[0]),
+        "VJP": address(functions[1]),
+        "ARGUMENTS": values(range(len(flat))),
+        "COTANGENTS": values(cotangents, cotangent=True),
+        "SPARE": "".join(SPARE.format(**x) for x in spare),
+        "FREE": "".join("  call void @free(ptr %spare{k})\n".format(**x) for x in spare),
+        "POINTERS": ", ".join(["ptr"] * (1 + len(data))),
+        "ALL": ", ".join(f"{kind} %x{k}" for k, (kind, _) in enumerate(flat)),
+    }
+    core, code = (re.sub("|".join(sorted(words, reverse=True)), lambda m: words[m[0]], x) for x in (IN_CORE, RULE))
+    _glues[name] = Glue(name, core, code, functions)
+    return _glues[name]
+
+
+def _ruled(text):
+    """A kernel's IR in which calls of functions that have a rule go there."""
+    glues = []
+    for kernel in _rules:
+        for types, overload in list(kernel.overloads.items()):
+            call = rf'(%\S+) = call i32 @"?{re.escape(overload.fndesc.llvm_func_name)}"?\(ptr [^,]+, ptr [^,]+, (.*)\)'
+            if re.search(call, text):
+                glues.append(_glue(kernel, types))
+                text = re.sub(call, rf"call void @{glues[-1].name}.call(\2)\n  \1 = add i32 0, 0", text)
+    return text + "".join(glue.core for glue in glues)
+
+
 @cache
 def _gemm_loops(kind):
     """The same as loops: in forward mode Enzyme (enzyme-ad 0.0.16) takes no rule for a function that returns nothing, but it
@@ -793,6 +955,12 @@ def _assemble(core, entry, mode):
         words = {"TYPE": kind, "KIND": ord("d" if kind == "double" else "s"), "SIZE": size}
         words["ADDRESS"] = llvm.address_of_symbol("numba_xxgemm")
         runtime += re.sub("|".join(words), lambda m: str(words[m[0]]), GEMM)
+    for glue in _glues.values():
+        if f"@{glue.name}(" not in core:
+            continue
+        if mode == "forward":
+            raise EnzymeError("A function with a rule is called, which has none for forward mode; use reverse mode.")
+        runtime += glue.code
     there = {m for m in re.findall(r"^(?:define|declare) [^@\n]*@([\w.]+)\(", runtime, re.M)}
     core = re.sub(r"^declare [^@\n]*@([\w.]+)\(.*\n", lambda m: "" if m[1] in there else m[0], core, flags=re.M)
     core = core.replace("define void @core(", "define internal void @core(")
@@ -977,7 +1145,6 @@ class Enzyme(Backend):
     def environ(threads):
         flags = "" if threads > 1 else "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         return {
-            "NUMBA_OPT": "0",  # LLVM optimises after differentiating: loops that are unrolled already are slower then
             "NUMBA_CACHE_DIR": "",
             # What Enzyme keeps for the reverse pass is freed after each call. glibc then gives it back to the kernel, and the
             # page faults of the next call are half of its time (shallow_ice.ude, N = 32).

@@ -12,7 +12,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from numba import njit  # noqa: E402
 
-from backends.enzyme_backend import EnzymeError, check, differentiable, output, scratch  # noqa: E402
+from backends.enzyme_backend import EnzymeError, check, differentiable, output, rule, scratch  # noqa: E402
 from problems import gold  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
@@ -836,6 +836,78 @@ def test_ties(fastmath):
     call = differentiable(kernel)
     close([jax.jit(jax.grad(call))(np.array([0.0, 1.0, -1.0]))], [[22.0, 35.0, 0.0]])
     close([jax.jit(jax.jacfwd(call))(np.array([0.0, 1.0, -1.0]))], [[22.0, 35.0, 0.0]])
+
+
+# Rules
+
+
+@njit
+def triple(x, factor, out):
+    for k in range(x.size):
+        out[k] = factor * x[k] * x[k]
+
+
+@njit
+def triple_vjp(x, factor, out, xb, outb):
+    """Three times the cotangent, so that it shows."""
+    for k in range(x.size):
+        xb[k] += 3 * 2 * factor * x[k] * outb[k]
+        outb[k] = 0
+
+
+rule(triple, triple_vjp, wrt=("x", "out"))
+
+
+@njit
+def chain(x, y, buffer):
+    """A loop whose every step is a call of `triple`, with a number that changes and arrays that are kept."""
+    n = len(buffer) - 1
+    for k in range(x.size):
+        buffer[0, k] = x[k] + y[k]
+    for i in range(n):
+        triple(buffer[i], 0.5 + 0.25 * i, buffer[i + 1])
+    total = 0.0
+    for k in range(x.size):
+        total += buffer[n, k] * y[k]
+    return total
+
+
+@pytest.mark.parametrize("wrt", [(0,), (1,), (0, 1)])
+def test_rule(wrt):
+    def plain(x, y):
+        x = x + y
+        for factor in (0.5, 0.75, 1.0):
+            x = factor * x * x
+        return (x * y).sum()
+
+    call = differentiable(chain)
+    loss, got = jax.jit(jax.value_and_grad(lambda x, y: call(x, y, scratch((4, N))), wrt))(X, Y)
+    close([loss], [plain(X, Y)])
+    dx, dy = complex_step(plain, [X, Y])
+    direct = (np.asarray(X + Y) ** 2 * 0.5) ** 2 * 0.75
+    dy = 27 * (dy - direct**2) + direct**2  # y also enters after the last rule
+    close(got, [(27 * dx, dy)[k] for k in wrt])
+
+
+def test_rule_of_data():
+    """Nothing comes back where neither is differentiated, and data is not written to."""
+
+    @njit
+    def kernel(x, data, buffer):
+        triple(data, 2.0, buffer)
+        total = 0.0
+        for k in range(x.size):
+            total += buffer[k] * x[k]
+        return total
+
+    data = jnp.asarray(Y)
+    close([jax.jit(jax.grad(lambda x: differentiable(kernel)(x, data, scratch(N))))(X)], [2 * Y * Y])
+    close([data], [Y])
+
+
+def test_rule_is_for_reverse_mode():
+    with pytest.raises(EnzymeError, match="forward mode"):
+        jax.jvp(lambda x: differentiable(chain)(x, Y, scratch((4, N))), (X,), (X,))
 
 
 # In JAX

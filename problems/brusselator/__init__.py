@@ -915,7 +915,7 @@ TASKS = {
         gate32=0.1,
         lower={"N": 2, "k0": 0},
         check=ode_check,
-        sweep=tuple({"N": N, "spread": 0.5} for N in (5, 10, 12, 32)),
+        sweep=tuple({"N": N, "spread": 0.5} for N in (2, 5, 10, 12, 32, 64)),
         tolerances=tuple({"N": 8, "spread": 0.5, "rtol": r, "atol": 100 * r} for r in (1e-4, 1e-5, 1e-6, 1e-8, 1e-9)),
         published=PUBLISHED,
     ),

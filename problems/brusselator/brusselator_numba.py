@@ -1150,6 +1150,7 @@ class Solver(NamedTuple):
     mu: np.ndarray  # (N) of each wave along an axis the sum of both neighbours
     rings: np.ndarray  # (4, 2N) of each wave of U, then of V, a, g and around of `ring`, then its y
     smooth: np.ndarray  # the same for the estimate of the error
+    c: np.ndarray  # (1) h / dx^2, 0 where there is no S yet
     number: np.ndarray  # (1) of the solutions since c was set
     known: np.ndarray  # (KNOWN, 2 N^2) what is new in each, orthogonal to what is old, y^T S y = 1
     S_known: np.ndarray  # (KNOWN, 2 N^2) S times that
@@ -1183,7 +1184,10 @@ def ode_prepare(structure, size):
     Q, mu = fourier(N), 2 + eigenvalues(N) / (N - 1) ** 2
     Q, Qt, mu = (np.ascontiguousarray(x, dtype) for x in (Q, Q.T, mu))
     *fields, alpha, r, lam = np.empty((11, 2 * N, N), dtype)
-    known, halo = (np.zeros(1, int), *np.empty((2, KNOWN, 2 * N * N), dtype)), np.empty((2 * N + 4, N), dtype)
+    known, halo = (
+        (np.zeros(1, dtype), np.zeros(1, int), *np.empty((2, KNOWN, 2 * N * N), dtype)),
+        np.empty((2 * N + 4, N), dtype),
+    )
     S = Solver(Q, Qt, mu, *np.empty((2, 4, 2 * N), dtype), *known, halo, *fields)
     slopes, gradient = np.empty((2, 6, 2 * N, N), dtype), np.empty((2, 2 * N, N), dtype)
     course = tuple(pieces(size))
@@ -1335,9 +1339,11 @@ def cg(S, b, tolerance):
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def set_step(S, alpha, c):
-    scale(alpha, c, S.mu, S.g, S.e, S.rings)
-    S.number[0] = 0
+def set_step(S, alpha, h):
+    c = h * (len(S.Q) - 1) ** 2
+    if c != S.c[0]:
+        scale(alpha, c, S.mu, S.g, S.e, S.rings)
+        S.c[0], S.number[0] = c, 0
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -1380,17 +1386,23 @@ def combine(u, slopes, wE, wI, dt, n, out):
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def stage(S, r, h, w, slope, tolerance):
-    """w = (1 - h alpha lap)^-1 r, S being of that h, and slope = alpha lap w."""
-    x, y, z, k_I = w.ravel(), S.y.ravel(), r.ravel(), slope.ravel()
-    e, g = S.e.ravel(), S.g.ravel()
+def solve_stage(S, alpha, h, tolerance, r, w, done):
+    """w = (1 - h alpha lap)^-1 r, and the iterations that it took."""
+    set_step(S, alpha, h)
+    x, y, z, e, g = w.ravel(), S.y.ravel(), r.ravel(), S.e.ravel(), S.g.ravel()
     for k in range(x.size):
         x[k] = e[k] * z[k]
-    iterations = cg(S, w, tolerance)
+    done[0] = cg(S, w, tolerance)
     for k in range(x.size):
         x[k] = g[k] * y[k]
-        k_I[k] = (x[k] - z[k]) / h
-    return iterations
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def implicit_slope(w, r, h, out):
+    """alpha lap w"""
+    x, y, z = w.ravel(), r.ravel(), out.ravel()
+    for k in range(x.size):
+        z[k] = (x[k] - y[k]) / h
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -1414,13 +1426,14 @@ def distance(u, w, slopes, error, dt, rtol, atol, S):
 
 @njit(error_model="numpy")
 def ode_kernel(A, B, alpha, disc, course, ark, tolerances, S, dts, sampled, stages, r, slopes, counts):
-    """The loss from u0 in stages[0, 0]; the counts of steps, rejected ones, right-hand sides, solves and iterations, or in the
-    place of the first what went wrong."""
+    """The loss from u0 in stages[0, 0]; the counts of steps, rejected ones, right-hand sides, solves, iterations and those of the
+    last solve, or in the place of the first what went wrong."""
     lengths, forced, samples = course
     rtol, atol, cg_tolerance = tolerances
     E, I, b, error = ark
-    n, gamma, dx2, c = 0, I[1, 1], 1.0 / (len(disc) - 1) ** 2, 0.0
+    n, gamma, dx2, done = 0, I[1, 1], 1.0 / (len(disc) - 1) ** 2, counts[5:]
     counts[:] = 0
+    S.c[0] = 0
     loss = misfit(stages[0, 0], 0.0)
     scale(alpha, SMOOTH / dx2, S.mu, S.g, S.e, S.smooth)
     h = 0.0  # of the next step
@@ -1439,29 +1452,27 @@ def ode_kernel(A, B, alpha, disc, course, ark, tolerances, S, dts, sampled, stag
             multiply(slopes[1, 0], alpha)
             off = np.inf
             while not off <= 1:
-                equal = np.ceil(left / h - 1e-3)  # the steps that are left, were they equal
+                equal = int(np.ceil(left / h - 1e-3))  # the steps that are left, were they equal
                 dt = left / equal
                 if dt < SHORTEST:
                     counts[0] = TOO_SMALL
                     return loss
-                if gamma * dt / dx2 != c:
-                    c = gamma * dt / dx2
-                    set_step(S, alpha, c)
-                done = 0
+                f = gamma * dt
                 for i in range(1, 6):
                     combine(u, slopes, E[i], I[i], dt, i, r)
-                    done = stage(S, r, gamma * dt, stages[n, i], slopes[1, i], cg_tolerance)
-                    if done < 0:
+                    solve_stage(S, alpha, f, cg_tolerance, r, stages[n, i], done)
+                    if done[0] < 0:
                         break
+                    implicit_slope(stages[n, i], r, f, slopes[1, i])
                     reaction_rows(stages[n, i], A, B, force, disc, slopes[0, i])
                     counts[2] += 1
                     counts[3] += 1
-                    counts[4] += done
-                if done == CG_FAILED:
+                    counts[4] += done[0]
+                if done[0] == CG_FAILED:
                     counts[0] = CG_FAILED
                     return loss
                 combine(u, slopes, b, b, dt, 6, new)
-                off = distance(u, new, slopes, error, dt, rtol, atol, S) if done >= 0 else np.inf
+                off = distance(u, new, slopes, error, dt, rtol, atol, S) if done[0] >= 0 else np.inf
                 h = dt * min(5.0, 0.9 * max(off, 1e-4) ** -0.25) if off < 1e4 else 0.1 * dt
                 counts[1] += not off <= 1
             dts[n], sampled[n] = dt, 0.0
@@ -1527,18 +1538,17 @@ def ode_vjp_kernel(n, A, alpha, ark, tolerance, S, dts, sampled, stages, lam, sl
     nu = (1 - gamma dt lap alpha)^-1 (gamma dt R'^T l_E + l_I) is also that of alpha lap w.
     """
     E, I, b, _ = ark
-    N, gamma, dx2, c, iterations = len(A), I[1, 1], 1.0 / (len(A) - 1) ** 2, 0.0, 0
+    N, gamma, dx2, iterations = len(A), I[1, 1], 1.0 / (len(A) - 1) ** 2, 0
     l_E, l_I, lap, mu = slopes[0, 0], slopes[0, 1], slopes[0, 2], slopes[1]
     Ab, Bb, ab = gradient[0, :N], gradient[0, N:], gradient[1]
     gradient[:] = 0
     lam[:] = 0
+    S.c[0] = 0
     for step in range(n - 1, -1, -1):
         if sampled[step] > 0:
             add(lam, stages[step + 1, 0], -1.0)
         dt = dts[step]
-        if gamma * dt / dx2 != c:
-            c = gamma * dt / dx2
-            set_step(S, alpha, c)
+        set_step(S, alpha, gamma * dt)
         for j in range(5, 0, -1):
             weigh(lam, mu, E, I, b, dt, j, l_E, l_I)
             lap_rows(stages[step, j], dx2, S.halo, lap)
@@ -1562,7 +1572,7 @@ def ode_vjp_kernel(n, A, alpha, ark, tolerance, S, dts, sampled, stages, lam, sl
 def ode_primal(theta, data, size, work):
     """The loss, and the counts of steps, rejected ones, right-hand sides, solves and iterations; the steps stay in work."""
     np.stack([theta["alpha1"], theta["alpha2"]], 1, work.alpha.reshape(size.N, 2, size.N))
-    fields, counts = (theta["A"], theta["B"], work.alpha, data["disc"]), np.empty(5, int)
+    fields, counts = (theta["A"], theta["B"], work.alpha, data["disc"]), np.empty(6, int)
     while True:
         work.kept[2][0, 0] = data["u0"].swapaxes(0, 1).reshape(work.r.shape)
         scratch = work.r, work.slopes, counts
@@ -1594,7 +1604,7 @@ def ode_stats(theta, data, size):
     """Of the primal; the adjoint has the same steps and as many solves."""
     _, counts = ode_primal(theta, data, size, ode_prepare(structure(theta, data), size))
     names = "steps", "rejected", "rhs_calls", "linear_solves", "cg_iterations"
-    return dict(zip(names, counts, strict=True))
+    return dict(zip(names, counts[:5], strict=True))
 
 
 IMPLEMENTATION = {

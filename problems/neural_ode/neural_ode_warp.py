@@ -1,16 +1,18 @@
 """The neural ODE in Warp: a thread a hidden unit, a launch a stage.
 
-One kernel for a whole trajectory would overwrite its state in a loop, which Warp does not differentiate.
+One kernel for a whole trajectory would overwrite its state in a loop, which Warp does not differentiate. Of ode the host reads
+the slopes after every attempt at a step, and decides.
 """
 
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import warp as wp
 
 from backends.warp_backend import scratch
 from problems import Implementation
-from problems.neural_ode import SAVES, T
+from problems.neural_ode import MOST_STEPS, SAVES, SHORTEST, T, dopri5, endless, first_step, too_small
 
 
 @cache
@@ -113,7 +115,124 @@ def rk4_prepare(structure, size):
     return Work(rk4_kernels(real), u, f, at, k, scratch(1, real))
 
 
+# ode: the batch takes steps together
+
+
+@cache
+def ode_kernels(real):
+    vector, matrix, fields = wp.array(dtype=real), wp.array2d(dtype=real), wp.array3d(dtype=real)
+
+    @wp.kernel
+    def point(u: matrix, k: fields, A: matrix, s: int, dt: real, x: fields):
+        """Where the slope of stage s is taken; stored, because what a loop has summed has no derivative otherwise."""
+        m, c = wp.tid()
+        total = u[m, c]
+        for j in range(s):
+            total += dt * A[s, j] * k[j, m, c]
+        x[s, m, c] = total
+
+    @wp.kernel
+    def bias(b2: vector, s: int, k: fields):
+        m, c = wp.tid()
+        k[s, m, c] = b2[c]
+
+    @wp.kernel
+    def slope(x: fields, W1: matrix, b1: vector, W2: matrix, s: int, k: fields):
+        m, j = wp.tid()
+        x0, x1 = x[s, m, 0], x[s, m, 1]
+        z = wp.tanh(W1[j, 0] * (x0 * x0 * x0) + W1[j, 1] * (x1 * x1 * x1) + b1[j])
+        wp.atomic_add(k, s, m, 0, W2[0, j] * z)
+        wp.atomic_add(k, s, m, 1, W2[1, j] * z)
+
+    @wp.kernel
+    def last_first(before: fields, k: fields):
+        m, c = wp.tid()
+        k[0, m, c] = before[6, m, c]
+
+    @wp.kernel
+    def misfit(u: matrix, k: fields, w: matrix, target: matrix, first: int, loss: vector):
+        i, m, c = wp.tid()
+        total = u[m, c]
+        for j in range(7):
+            total += w[i, j] * k[j, m, c]
+        d = total - target[first + i, c]
+        wp.atomic_add(loss, 0, d * d)
+
+    return point, bias, slope, last_first, misfit
+
+
+class OdeWork(NamedTuple):
+    kernels: tuple
+    A: wp.array  # (7, 7)
+    steps: list  # x and k of each, (7, b, 2), made when first wanted
+    loss: wp.array
+
+
+def ode(theta, data, size, work):
+    """Dormand and Prince's pair. How long a step is, and whether it is taken, is no matter of the tape."""
+    point, bias, slope, last_first, misfit = work.kernels
+    (_, error, P), times, real, dim = dopri5(), np.linspace(0, T, SAVES), work.A.dtype, (size.b, 2)
+    u, target, loss = data["u0"], data["target"], work.loss
+    if loss.device.is_capturing:
+        raise NotImplementedError("a captured graph ends no loop by a number that it computes")
+
+    def stage(s, dt):
+        wp.launch(point, dim, [u, k, work.A, s, dt], [x])
+        wp.launch(bias, dim, [theta["b2"], s], [k])
+        wp.launch(slope, (size.b, size.H), [x, theta["W1"], theta["b1"], theta["W2"], s], [k])
+
+    def room(n):
+        if n == len(work.steps):
+            work.steps.append([scratch((7, size.b, 2), real) for _ in "xk"])
+        return work.steps[n]
+
+    def compare(w, first):
+        wp.launch(misfit, (len(w), *dim), [u, k, wp.array(w, dtype=real), target, first], [loss])
+
+    (x, k), n, t, h, i = room(0), 0, 0.0, first_step(size), 1
+    loss.zero_()
+    compare(np.zeros((1, 7)), 0)
+    stage(0, 0.0)
+    while i < SAVES:
+        if n == MOST_STEPS:
+            raise endless()
+        if h < SHORTEST:
+            raise too_small()
+        dt = min(h, T - t)
+        for s in range(1, 7):
+            stage(s, dt)
+        new = x[6]
+        off = dt * np.tensordot(error, k.numpy(), 1)
+        off = off / (size.atol + size.rtol * np.maximum(np.abs(u.numpy()), np.abs(new.numpy())))
+        off = np.sqrt(np.mean(off**2))
+        if off <= 1:
+            end = T if h >= T - t else t + dt
+            first, i = i, int(np.searchsorted(times, end, "right"))
+            if first < i:  # all save times in the step at once
+                compare(dt * ((times[first:i, None] - t) / dt) ** np.arange(1, 5) @ P.T, first)
+            before, n, u, t = k, n + 1, new, end
+            x, k = room(n)
+            wp.launch(last_first, dim, [before], [k])
+        h = dt * min(10.0, 0.9 * max(off, 1e-6) ** -0.2) if off < 1e3 else 0.2 * dt
+    return loss
+
+
+def ode_prepare(structure, size):
+    real, A = wp.dtype_from_numpy(structure["W1"].dtype), dopri5()[0]
+    return OdeWork(ode_kernels(real), wp.array(A, dtype=real), [], scratch(1, real))
+
+
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare)},
     "rk4": {"loops": Implementation(rk4, rk4_prepare)},
+    "ode": {
+        "loops": Implementation(
+            ode,
+            ode_prepare,
+            unsupported={
+                "compile": "How many steps there are the data say, which the host reads after every attempt "
+                "(`a captured graph ends no loop by a number that it computes`)."
+            },
+        )
+    },
 }

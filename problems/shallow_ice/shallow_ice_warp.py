@@ -1,15 +1,17 @@
 """The valley glacier in Warp: a thread a cell and temperature, a launch a stage.
 
 A thread computes the four diffusivities and fluxes around its cell from nine thicknesses and shares none with its
-neighbours: so nothing but the states is stored for the way back.
+neighbours: so nothing but the states is stored for the way back. The semi-implicit step stores its matrix and the solution
+too; its solve is LAPACK's on the host, a function of Python on the tape.
 """
 
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import warp as wp
 
-from backends.warp_backend import scratch
+from backends.warp_backend import record, scratch
 from problems import Implementation
 from problems.shallow_ice import (
     A_MAX,
@@ -27,11 +29,15 @@ from problems.shallow_ice import (
     PLATE_RHO_G,
     RHO_G,
     TEMPERATURES,
+    YEARS,
+    cholesky,
     diverged,
     halfar_dx,
     most_iterations,
     pseudo_transient_stats,
+    semi_implicit_stats,
     steps_a_year,
+    substitute,
 )
 
 SSPRK3 = (0, 1), (3 / 4, 1 / 4), (1 / 3, 2 / 3)  # stage s: X[s + 1] = p X[0] + q (X[s] + dt H_t(X[s]))
@@ -39,7 +45,7 @@ SSPRK3 = (0, 1), (3 / 4, 1 / 4), (1 / 3, 2 / 3)  # stage s: X[s + 1] = p X[0] + 
 
 @cache
 def shallow_ice(real):
-    """H_t at a cell, for kernels."""
+    """H_t at a cell, and D at a corner, for kernels."""
     field, fields = wp.array2d(dtype=real), wp.array3d(dtype=real)
     zero, half, quarter, c, eps = real(0), real(0.5), real(0.25), real(0.4 * RHO_G**3), real(EPS)
 
@@ -78,12 +84,13 @@ def shallow_ice(real):
         west, east = (D00 + D10) * capped(S11 - S10, h10, h11), (D01 + D11) * capped(S12 - S11, h11, h12)
         return half * A * (south - north + east - west) / (dx * dx)
 
-    return sia
+    return sia, diffusivity
 
 
 @cache
 def rhs_kernels(real):
-    field, fields, number, sia = wp.array2d(dtype=real), wp.array3d(dtype=real), wp.array(dtype=real), shallow_ice(real)
+    field, fields, number = wp.array2d(dtype=real), wp.array3d(dtype=real), wp.array(dtype=real)
+    sia, _ = shallow_ice(real)
 
     @wp.kernel
     def fluidity(A0: real, lnA: number, A: number):
@@ -116,7 +123,8 @@ def rhs_prepare(structure, size):
 
 @cache
 def ude_kernels(real):
-    number, field, fields, sia = wp.array(dtype=real), wp.array2d(dtype=real), wp.array3d(dtype=real), shallow_ice(real)
+    number, field, fields = wp.array(dtype=real), wp.array2d(dtype=real), wp.array3d(dtype=real)
+    sia, _ = shallow_ice(real)
     one, A_min, A_span = real(1), real(A_MIN), real(A_MAX - A_MIN)
 
     @wp.kernel
@@ -206,6 +214,117 @@ def ude_prepare(structure, size):
     gradients = [wp.zeros(shape, dtype=real) for _ in range(4)]
     X = [scratch(shape, real, gradients[n % 4]) for n in range(3 * size.years * steps_a_year(size) + 1)]
     return Work(ude_kernels(real), layers, scratch(temperatures, real), X, scratch(1, real))
+
+
+# semi_implicit
+
+
+@cache
+def semi_implicit_kernels(real):
+    number, field = wp.array(dtype=real), wp.array2d(dtype=real)
+    (fluidity, _), (_, diffusivity) = rhs_kernels(real), shallow_ice(real)
+    zero, half = real(0), real(0.5)
+
+    @wp.kernel
+    def start(H0: field, H: field):
+        i, j = wp.tid()
+        H[i, j] = wp.where(H0[i, j] > zero, H0[i, j], zero)
+
+    @wp.kernel
+    def corners(H: field, B: field, A: number, dx: real, factor: real, D: field):
+        i, j = wp.tid()
+        h00, h01, h10, h11 = H[i, j], H[i, j + 1], H[i + 1, j], H[i + 1, j + 1]
+        S00, S01, S10, S11 = B[i, j] + h00, B[i, j + 1] + h01, B[i + 1, j] + h10, B[i + 1, j + 1] + h11
+        D[i, j] = factor * A[0] * diffusivity(h00, h01, h10, h11, S00, S01, S10, S11, dx)
+
+    @wp.kernel
+    def edges(D: field, Kx: field, Ky: field):
+        i, j = wp.tid()
+        Kx[i, j] = half * (D[i, j] + D[i, j + 1])
+        Ky[j, i] = half * (D[j, i] + D[j + 1, i])
+
+    @wp.kernel
+    def spread(Kx: field, Ky: field, H: field, B: field, b: field):
+        """dt div(D grad S) inside"""
+        i, j = wp.tid()
+        S = B[i + 1, j + 1] + H[i + 1, j + 1]
+        north, south = B[i, j + 1] + H[i, j + 1] - S, B[i + 2, j + 1] + H[i + 2, j + 1] - S
+        west, east = B[i + 1, j] + H[i + 1, j] - S, B[i + 1, j + 2] + H[i + 1, j + 2] - S
+        b[i, j] = Kx[i, j] * north + Kx[i + 1, j] * south + Ky[i, j] * west + Ky[i, j + 1] * east
+
+    @wp.kernel
+    def solve_vjp(lam: field, x: field, Kxb: field, Kyb: field):
+        i, j = wp.tid()
+        Kxb[i, j] -= (lam[i + 1, j + 1] - lam[i, j + 1]) * (x[i + 1, j + 1] - x[i, j + 1])
+        Kyb[j, i] -= (lam[j + 1, i + 1] - lam[j + 1, i]) * (x[j + 1, i + 1] - x[j + 1, i])
+
+    @wp.kernel
+    def add(H: field, x: field, out: field):
+        i, j = wp.tid()
+        Hn = H[i, j] + x[i, j]
+        out[i, j] = wp.where(Hn > zero, Hn, zero)
+
+    @wp.kernel
+    def misfit(H: field, H0: field, factor: real, loss: number):
+        i, j = wp.tid()
+        d = H[i, j] - H0[i, j]
+        wp.atomic_add(loss, 0, factor * d * d)
+
+    return fluidity, start, corners, edges, spread, solve_vjp, add, misfit
+
+
+class SemiImplicitWork(NamedTuple):
+    kernels: tuple
+    A: wp.array
+    H: list  # (N, N), before every step and at the end
+    systems: list  # Kx (N-1, N-2), Ky (N-2, N-1) and x (N, N) of every step
+    D: wp.array  # (N-1, N-1)
+    b: wp.array  # (N-2, N-2)
+    lam: wp.array  # (N, N)
+    loss: wp.array
+
+
+def solve(Kx, Ky, b, x, lam, solve_vjp):
+    """x inside from x - flow(x) = b, x = 0 on the boundary; the reverse of it is another substitution."""
+    factor = cholesky(Kx.numpy(), Ky.numpy())
+    x.assign(np.pad(substitute(factor, b.numpy()), 1))
+
+    def backward():
+        inside = substitute(factor, x.grad.numpy()[1:-1, 1:-1])
+        b.grad.assign(inside)
+        lam.assign(np.pad(inside, 1))
+        x.grad.zero_()
+        wp.launch(solve_vjp, Kx.shape, [lam, x], [Kx.grad, Ky.grad], record_tape=False)
+
+    return backward
+
+
+def semi_implicit(theta, data, size, work):
+    fluidity, start, corners, edges, spread, solve_vjp, add, misfit = work.kernels
+    N, A, B, D, b, dx = size.N, work.A, data["B"], work.D, work.b, BOX / size.N
+    wp.launch(fluidity, 1, [size.A, theta["lnA"]], [A])
+    wp.launch(start, (N, N), [theta["H0"]], [work.H[0]])
+    for n, (Kx, Ky, x) in enumerate(work.systems):
+        H = work.H[n]
+        wp.launch(corners, D.shape, [H, B, A, dx, YEARS / size.nst / dx**2], [D])
+        wp.launch(edges, Kx.shape, [D], [Kx, Ky])
+        wp.launch(spread, b.shape, [Kx, Ky, H, B], [b])
+        record(solve(Kx, Ky, b, x, work.lam, solve_vjp), [Kx, Ky, b, x])
+        wp.launch(add, (N, N), [H, x], [work.H[n + 1]])
+    work.loss.zero_()
+    wp.launch(misfit, (N, N), [work.H[-1], theta["H0"], 1 / N**2], [work.loss])
+    return work.loss
+
+
+def semi_implicit_prepare(structure, size):
+    """What all steps have shares its gradients, which are zero again once they were used; see ude_prepare."""
+    real, N = wp.dtype_from_numpy(structure["H0"].dtype), size.N
+    shapes = (N - 1, N - 2), (N - 2, N - 1), (N, N)
+    gradients = [wp.zeros(shape, dtype=real) for shape in (*shapes, (N, N), (N, N))]
+    systems = [[scratch(*x) for x in zip(shapes, [real] * 3, gradients, strict=False)] for _ in range(size.nst)]
+    H = [scratch((N, N), real, gradients[3 + n % 2]) for n in range(size.nst + 1)]
+    D, b, lam = scratch((N - 1, N - 1), real), scratch((N - 2, N - 2), real), wp.zeros((N, N), dtype=real)
+    return SemiImplicitWork(semi_implicit_kernels(real), scratch(1, real), H, systems, D, b, lam, scratch(1, real))
 
 
 # Flat ground and no caps, of halfar and pseudo_transient
@@ -377,6 +496,17 @@ def pseudo_transient_prepare(structure, size):
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs, rhs_prepare)},
     "ude": {"loops": Implementation(ude, ude_prepare)},
+    "semi_implicit": {
+        "loops": Implementation(
+            semi_implicit,
+            semi_implicit_prepare,
+            stats=semi_implicit_stats,
+            unsupported={
+                "compile": "The solve is LAPACK's, called from Python, and a captured graph holds launches only "
+                "(`a function in Python is on the tape`).",
+            },
+        )
+    },
     "halfar": {"loops": Implementation(halfar, halfar_prepare)},
     "pseudo_transient": {
         "loops": Implementation(
