@@ -7,8 +7,9 @@ JAX that carries Enzyme and LLVM, compiles the whole and runs it as an XLA custo
 
 enzyme-ad's own rules for derivatives are not used: it is asked for a plain call, whose code contains the derivative. So
 activity is ours (what is not differentiated gets no shadow), nothing of a tape passes through XLA, and a scalar kernel
-gives its value and gradient in one call. A function that the kernel calls may have a reverse rule instead (`rule`). What a kernel may do is written at `differentiable`; tests/test_enzyme.py shows
-it. What cannot be done raises EnzymeError with one sentence, before anything runs.
+gives its value and gradient in one call. A function that the kernel calls may have a reverse rule instead (`rule`). What a
+kernel may do is written at `differentiable`; tests/test_enzyme.py shows it. What cannot be done raises EnzymeError with one
+sentence, before anything runs.
 """
 
 import ctypes
