@@ -11,7 +11,7 @@ Of implicit the elimination itself is differentiated, in every Newton iteration:
 16. The strategy implicit differentiates the residual at the root, and one solve with J^T is beside it: as fast as by hand.
 
 Of ode all is one kernel, that of the hand adjoint, but the iterations of its solves: they have a rule. It takes 1.9 times the
-hand adjoint at N = 17, and 0.37 of the form `scan`, in which the reaction alone is Enzyme's. Without the rule it was not
+hand adjoint at N = 17, and 0.3 of the form `scan`, in which the reaction alone is Enzyme's. Without the rule it was not
 compiled after minutes.
 """
 
