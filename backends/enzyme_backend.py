@@ -1113,7 +1113,8 @@ def _primal():
             out, *gradients = pullback.bind(*inputs, one, program=program, active=active)
 
             def linear(gradients, *tangents):
-                return [sum(jnp.sum(g * t) for g, t in zip(gradients, _pick(tangents, active), strict=True))]
+                total = sum(jnp.sum(g * t) for g, t in zip(gradients, _pick(tangents, active), strict=True))
+                return [jnp.asarray(total, one.dtype)]
 
             return [out], [True], gradients, linear
 

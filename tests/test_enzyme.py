@@ -977,6 +977,17 @@ def test_float32():
         1e-5,
     )
 
+    @njit
+    def summed(x):
+        total = 0.0
+        for k in range(x.size):
+            total += x[k] * x[k]
+        return total
+
+    got = jax.grad(lambda x: differentiable(summed)(x).astype(x.dtype))(x)  # a sum in float64 of float32
+    assert got.dtype == np.float32
+    close([got], [2 * X], 1e-6)
+
 
 def test_no_leak():
     """Every call frees what the kernel, Enzyme and the rule of the product took: 2 MB a call, which would be seen at once."""

@@ -363,13 +363,15 @@ def ode(theta, data, size):
     N, dtype, n = size.N, theta["A"].dtype, attempts(size)
     rows = lambda U, V: jnp.stack([U, V], 1).reshape(2 * N, N)  # noqa: E731
     Q, mu = fourier(N), 2 + eigenvalues(N) / (N - 1) ** 2
-    known, fields = [(KNOWN, 2 * N * N)] * 2, [(2 * N, N)] * 8
-    shapes = (4, 2 * N), (4, 2 * N), 1, None, *known, (2 * N + 4, N), *fields
-    S = *(x.astype(dtype) for x in (Q, Q.T, mu)), *(scratch(x, dtype) if x else scratch(1, "int64") for x in shapes)
-    rest = (scratch(x, dtype) for x in (n, n, (n + 1, 6, 2 * N, N), (2 * N, N), (2, 6, 2 * N, N)))
+    room = lambda *shapes: [scratch(shape, dtype) for shape in shapes]  # noqa: E731
+    rings, known, fields = [(4, 2 * N)] * 2, [(KNOWN, 2 * N * N)] * 2, [(2 * N, N)] * 8
+    S = *(x.astype(dtype) for x in (Q, Q.T, mu)), *room(*rings), scratch(1), scratch(1, "int64")
+    S += tuple(room(*known, (2 * N + 4, N), *fields))
+    kept = room(n, n, (n + 1, 6, 2 * N, N), (2 * N, N), (2, 6, 2 * N, N))
     given = tuple(pieces(size)), tuple(kencarp4()), ark_tolerances(size, dtype)
     fields = theta["A"], theta["B"], rows(theta["alpha1"], theta["alpha2"]), data["disc"]
-    return differentiable(ode_from_start)(rows(*data["u0"]), *fields, *given, S, *rest, scratch(6, "int64"))
+    loss = differentiable(ode_from_start)(rows(*data["u0"]), *fields, *given, S, *kept, scratch(6, "int64"))
+    return loss.astype(dtype)  # its sums are float64
 
 
 IMPLEMENTATION = {

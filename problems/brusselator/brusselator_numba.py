@@ -1184,11 +1184,8 @@ def ode_prepare(structure, size):
     Q, mu = fourier(N), 2 + eigenvalues(N) / (N - 1) ** 2
     Q, Qt, mu = (np.ascontiguousarray(x, dtype) for x in (Q, Q.T, mu))
     *fields, alpha, r, lam = np.empty((11, 2 * N, N), dtype)
-    known, halo = (
-        (np.zeros(1, dtype), np.zeros(1, int), *np.empty((2, KNOWN, 2 * N * N), dtype)),
-        np.empty((2 * N + 4, N), dtype),
-    )
-    S = Solver(Q, Qt, mu, *np.empty((2, 4, 2 * N), dtype), *known, halo, *fields)
+    known, halo = np.empty((2, KNOWN, 2 * N * N), dtype), np.empty((2 * N + 4, N), dtype)
+    S = Solver(Q, Qt, mu, *np.empty((2, 4, 2 * N), dtype), np.zeros(1), np.zeros(1, int), *known, halo, *fields)
     slopes, gradient = np.empty((2, 6, 2 * N, N), dtype), np.empty((2, 2 * N, N), dtype)
     course = tuple(pieces(size))
     given = course, tuple(kencarp4()), ark_tolerances(size, dtype)
