@@ -31,18 +31,13 @@ from problems.brusselator import (
     B_UDE,
     FORCING,
     T_FORCING,
-    ark_tolerances,
     brusselator_jax,
     clock,
     eigenvalues,
     fourier,
-    kencarp4,
-    pieces,
 )
-from problems.brusselator.brusselator_jax import attempts
 from problems.brusselator.brusselator_numba import (
     FAST,
-    KNOWN,
     Solver,
     cg,
     copy,
@@ -55,10 +50,12 @@ from problems.brusselator.brusselator_numba import (
     multiply,
     newton,
     ode_kernel,
+    ode_prepare,
     react,
     reaction_rows,
     residual,
     rhs_kernel,
+    room,
     set_step,
     solve,
     solve_stage,
@@ -360,17 +357,15 @@ def ode_from_start(u0, A, B, alpha, disc, course, ark, tolerances, S, dts, sampl
 def ode(theta, data, size):
     """All of it is one kernel. Its solves have a rule, one solve with the transposed matrix, so that Enzyme does not go through
     their iterations; dt follows from a whole number of steps, and has no derivative."""
-    N, dtype, n = size.N, theta["A"].dtype, attempts(size)
+    N, dtype = size.N, theta["A"].dtype
     rows = lambda U, V: jnp.stack([U, V], 1).reshape(2 * N, N)  # noqa: E731
-    Q, mu = fourier(N), 2 + eigenvalues(N) / (N - 1) ** 2
-    room = lambda *shapes: [scratch(shape, dtype) for shape in shapes]  # noqa: E731
-    rings, known, fields = [(4, 2 * N)] * 2, [(KNOWN, 2 * N * N)] * 2, [(2 * N, N)] * 8
-    S = *(x.astype(dtype) for x in (Q, Q.T, mu)), *room(*rings), scratch(1), scratch(1, "int64")
-    S += tuple(room(*known, (2 * N + 4, N), *fields))
-    kept = room(n, n, (n + 1, 6, 2 * N, N), (2 * N, N), (2, 6, 2 * N, N))
-    given = tuple(pieces(size)), tuple(kencarp4()), ark_tolerances(size, dtype)
+    like = lambda arrays: (scratch(a.shape, a.dtype) for a in arrays)  # noqa: E731
+    work = ode_prepare({"A": theta["A"]}, size)
+    Q, Qt, mu, *buffers = work.S
+    rest = *room(brusselator_jax.attempts(size), N, dtype), work.r, work.slopes, np.empty(6, int)
     fields = theta["A"], theta["B"], rows(theta["alpha1"], theta["alpha2"]), data["disc"]
-    loss = differentiable(ode_from_start)(rows(*data["u0"]), *fields, *given, S, *kept, scratch(6, "int64"))
+    S = Q, Qt, mu, *like(buffers)
+    loss = differentiable(ode_from_start)(rows(*data["u0"]), *fields, *work.given, S, *like(rest))
     return loss.astype(dtype)  # its sums are float64
 
 

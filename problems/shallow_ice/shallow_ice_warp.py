@@ -320,9 +320,10 @@ def semi_implicit_prepare(structure, size):
     """What all steps have shares its gradients, which are zero again once they were used; see ude_prepare."""
     real, N = wp.dtype_from_numpy(structure["H0"].dtype), size.N
     shapes = (N - 1, N - 2), (N - 2, N - 1), (N, N)
-    gradients = [wp.zeros(shape, dtype=real) for shape in (*shapes, (N, N), (N, N))]
-    systems = [[scratch(*x) for x in zip(shapes, [real] * 3, gradients, strict=False)] for _ in range(size.nst)]
-    H = [scratch((N, N), real, gradients[3 + n % 2]) for n in range(size.nst + 1)]
+    shared = [(shape, real, wp.zeros(shape, dtype=real)) for shape in shapes]
+    systems = [[scratch(*x) for x in shared] for _ in range(size.nst)]
+    gradients = [wp.zeros((N, N), dtype=real) for _ in range(2)]
+    H = [scratch((N, N), real, gradients[n % 2]) for n in range(size.nst + 1)]
     D, b, lam = scratch((N - 1, N - 1), real), scratch((N - 2, N - 2), real), wp.zeros((N, N), dtype=real)
     return SemiImplicitWork(semi_implicit_kernels(real), scratch(1, real), H, systems, D, b, lam, scratch(1, real))
 
