@@ -32,10 +32,10 @@ class CasADi(Backend):
         return result
 
     def primal(self, loss):
-        return self._function(loss, False)
+        return self._function(loss)
 
     def tape(self, loss):
-        return self._function(loss, True)
+        return self._function(loss, reverse)
 
     def tape_primal(self, loss):
         """Of the loss that is differentiated, where a strategy was given its own."""
@@ -49,29 +49,36 @@ class CasADi(Backend):
 
     def interpolating(self, loss):
         """Of a graph whose integrator brings this adjoint."""
-        return self._function(loss, True, around=True)
+        return self._function(loss, around)
 
     def interpolating_primal(self, loss):
         return self.primal(loss)
 
+    def sensitivity(self, loss):
+        """Of a graph whose integrator brings them, 64 at once beside one solution."""
+        return self._function(loss, beside)
+
+    def sensitivity_primal(self, loss):
+        return self.primal(loss)
+
     def compile(self, loss):
-        return self._function(loss, True, self._by_compiler())
+        return self._function(loss, reverse, self._by_compiler())
 
     def compile_primal(self, loss):
-        return self._function(loss, False, self._by_compiler())
+        return self._function(loss, None, self._by_compiler())
 
     def _by_compiler(self):
         compiler = next(filter(None, map(shutil.which, self.programs["compile"])))
         options = {"compiler": compiler, "flags": ["-O3", "-march=native"]}
         return {"jit": True, "compiler": "shell", "jit_options": options}
 
-    def _function(self, loss, differentiate, options=None, around=False):
+    def _function(self, loss, differentiate=None, options=None):
         """The graph is built from the shapes at the first call. Buffer() then runs on NumPy's memory without copies."""
         built = []
 
         def call(theta, data):
             if not built:
-                f = self._build(loss, theta, data, differentiate, options or {}, around)
+                f = self._build(loss, theta, data, differentiate, options or {})
                 built.extend([f, *f.buffer()])
             _, buffer, run = built
             arrays = [np.ascontiguousarray(a) for a in (*theta.values(), *data.values()) if a.dtype.kind == "f"]
@@ -87,7 +94,7 @@ class CasADi(Backend):
 
         return call
 
-    def _build(self, loss, theta, data, differentiate, options, around):
+    def _build(self, loss, theta, data, differentiate, options):
         ca = self.casadi
         inputs = [
             {name: ca.MX.sym(name, *storage(a.shape)) for name, a in arrays.items() if a.dtype.kind == "f"}
@@ -96,18 +103,34 @@ class CasADi(Backend):
         for name, a in (theta | data).items():
             if a.dtype == np.float32:
                 raise TypeError(f"CasADi computes in float64 only, and {name} is float32")
-        value = loss(*inputs)
-        blocks = list(inputs[0].values())
+        value, blocks, fixed = loss(*inputs), list(inputs[0].values()), list(inputs[1].values())
         outputs = [value]
-        if differentiate and not around:
-            inside = ca.Function("loss", [*blocks, *inputs[1].values()], outputs).find_functions()
-            if any(f.class_name() in INTEGRATORS for f in inside):
-                raise TypeError(
-                    "this graph holds an integrator, whose reverse is no reverse mode but its adjoint equation"
-                )
-        if differentiate:  # all blocks in one reverse pass; a gradient must be dense to be copied out
-            outputs += map(ca.densify, ca.reverse([value], blocks, [[ca.MX(1)]])[0])
-        return ca.Function("f", [*blocks, *inputs[1].values()], outputs, options)
+        if differentiate:  # a gradient must be dense to be copied out
+            outputs += map(ca.densify, differentiate(ca, value, blocks, fixed))
+        return ca.Function("f", [*blocks, *fixed], outputs, options)
+
+
+def reverse(ca, value, blocks, fixed):
+    """All blocks in one reverse pass through the graph."""
+    inside = ca.Function("loss", [*blocks, *fixed], [value]).find_functions()
+    if any(f.class_name() in INTEGRATORS for f in inside):
+        raise TypeError("this graph holds an integrator, whose reverse is no reverse mode but its adjoint equation")
+    return around(ca, value, blocks, fixed)
+
+
+def around(ca, value, blocks, fixed):
+    return ca.reverse([value], blocks, [[ca.MX(1)]])[0]
+
+
+def beside(ca, value, blocks, fixed):
+    """Forward mode, in which an integrator integrates the tangents beside the state."""
+    ends = np.cumsum([0, *(block.numel() for block in blocks)]).tolist()
+    seeds = [
+        [ca.reshape(part, *block.shape) for part, block in zip(ca.vertsplit(e, ends), blocks, strict=True)]
+        for e in ca.horzsplit(ca.MX(ca.DM.eye(ends[-1])))
+    ]
+    tangents = ca.vertcat(*(tangent for (tangent,) in ca.forward([value], blocks, seeds)))
+    return [ca.reshape(part, *block.shape) for part, block in zip(ca.vertsplit(tangents, ends), blocks, strict=True)]
 
 
 def storage(shape):

@@ -31,6 +31,8 @@ BY_HAND = {  # strategies that an implementation must write a function for
     "implicit": "Nobody differentiated {name} by the implicit function theorem here: where it has a root, add it to {where}.",
     "backsolve": "Nobody integrated {name} backwards here: where it is a differential equation, add its adjoint to {where}.",
     "interpolating": "Nobody integrated an adjoint of {name} here: where it is a differential equation, add it to {where}.",
+    "quadrature": "Nobody integrated a gradient of {name} here: where it is a differential equation, add it to {where}.",
+    "sensitivity": "Nobody integrated tangents of {name} here: where it is a differential equation, add them to {where}.",
 }
 APPROXIMATE_OR_SLOW = ("complex_step", "difference")  # an entry at a time: cells at tiny and small only
 
@@ -253,12 +255,25 @@ def size_of(cell: Cell) -> Any:
         raise UserError(f"{cell.name} cannot have the size {cell.size}: {e}.") from None
 
 
+def form_of(cell: Cell) -> Form:
+    """What its author wrote; nothing where nobody did."""
+    return outline(cell.problem, cell.backend).get(cell.task, {}).get(cell.form, Form())
+
+
+def main_strategy(cell: Cell) -> str:
+    """The first of the library's strategies that this form has; the first of all where it has none."""
+    form, every = form_of(cell), backend(cell.backend).strategies()
+    has = (s for s in every if s not in form.unsupported and (s not in BY_HAND or s in form.strategies))
+    first = next(has, every[0])
+    return every[0] if first in APPROXIMATE_OR_SLOW else first
+
+
 def known_status(cell: Cell) -> tuple[str, str]:
     """(status, sentence) where they are known without running, else ("", "")."""
     where = implementation_file(cell.problem, cell.backend).relative_to(ROOT)
     if not cell.form:
         return "missing", f"Nobody wrote {cell.name} for {cell.backend} yet: add it to {where}."
-    form = outline(cell.problem, cell.backend)[cell.task][cell.form]
+    form = form_of(cell)
     if cell.strategy in form.unsupported:
         return "unsupported", form.unsupported[cell.strategy]
     if cell.strategy in BY_HAND and cell.strategy not in form.strategies:

@@ -16,7 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from harness import PROTOCOL, UserError
-from harness.cells import APPROXIMATE_OR_SLOW, SIZES, Cell, backend, backends, cells, known_status, tasks
+from harness.cells import (
+    APPROXIMATE_OR_SLOW,
+    SIZES,
+    Cell,
+    backend,
+    backends,
+    cells,
+    form_of,
+    known_status,
+    main_strategy,
+    tasks,
+)
 from harness.ledger import DECLARED, CellRecord, Context, End, Run, Writer, runs
 from harness.machine import commit, lock_hash, machine, machine_class
 from harness.measure import Crowded, as_is, key, measure, measure_floor, record
@@ -28,7 +39,7 @@ from harness.statistics import summary
 @dataclass(frozen=True)
 class Preset:
     sizes: tuple[str, ...]
-    ways: str  # "main": natural form, main strategy; "each": every strategy, every form, not crossed; "all": crossed
+    ways: str  # "main": natural form, main strategy; "each": every form, and of the natural one every strategy; "all"
     sweep: bool
     lanes: bool  # a small cell is prepared and compiled beside another that takes its samples
     budget: float
@@ -44,7 +55,7 @@ PRESETS = {
 
 BESIDE = ("tiny", "small")  # a large cell shares the memory's bandwidth: one took twice its time beside a compiler
 DISTURBED = 1.25  # times the calm kernel; idle, the cells of a run differ by 0.1
-FOR_EACH_ENTRY = ("forward", "duals")
+FOR_EACH_ENTRY = ("forward", "duals", "sensitivity")
 AGAIN_S = 30.0  # a cell that took longer is not measured again
 
 
@@ -84,8 +95,9 @@ def _main(cell: Cell) -> bool:
 
 
 def _taken(cell: Cell, ways: str) -> bool:
-    first = cell.strategy == backend(cell.backend).strategies()[0]
-    return {"main": cell.natural and first, "each": cell.natural or first, "all": True}[ways]
+    main = cell.strategy == main_strategy(cell)
+    given = cell.strategy in form_of(cell).strategies
+    return {"main": cell.natural and main, "each": cell.natural or main or given, "all": True}[ways]
 
 
 def _sweep(pattern: str) -> Iterable[Cell]:
@@ -347,7 +359,7 @@ def _will_break(cell: Cell, context: Context, records: dict[str, CellRecord]) ->
 
 def _growth(cell: Cell, smaller: str, records: dict[str, CellRecord]) -> float:
     """How much longer a primal of this library takes than at the smaller size, by its main way there and here; 1 if unknown."""
-    main = replace(cell, strategy=backend(cell.backend).strategies()[0])
+    main = replace(cell, strategy=main_strategy(cell))
     both = [records.get(replace(main, size=size).address) for size in (cell.size, smaller)]
     here, there = (summary(r) if r else None for r in both)
     return max(1.0, here.primal.minimum / there.primal.minimum) if here and there else 1.0

@@ -186,7 +186,7 @@ def test_checkpoints_change_nothing(size):
 
 
 def test_ode_exact_against_the_variational_equations():
-    """Two solvers, two equations, each block: the adjoint by DOP853, its own tangents by Radau."""
+    """Two solvers, two equations, each block: steps of RKC reversed, its own tangents by Radau."""
     size = Ode(4, T=1.2, save=0.6, spread=0.5, k0=7, rtol=1e-9, atol=1e-9)
     theta, data = brusselator.ode_inputs(size)
     value, gradient = brusselator.exact(theta, data, size)
@@ -195,6 +195,55 @@ def test_ode_exact_against_the_variational_equations():
         direction = gold(block.size, 17).reshape(block.shape) + 0.25
         off = np.vdot(gradient[name], direction) - along("ode", size, name, direction)
         assert abs(off) <= 1e-7 * np.linalg.norm(gradient[name]) * np.linalg.norm(direction)
+
+
+def by_dop853(theta, data, size, tolerance=1e-11):
+    """The gradient by the adjoint equation l' = -f'(u)^T l, to which each sample adds u - 1, of order 8."""
+    A, B, shape = theta["A"], theta["B"], data["u0"].shape
+    alpha, L = np.stack([theta["alpha1"], theta["alpha2"]]), brusselator.lap_matrix(size.N)
+
+    def f(t, u, force):
+        u = u.reshape(shape)
+        return (brusselator.reaction(u, A, B, force) + alpha * brusselator.lap(u, size.N)).ravel()
+
+    def back(t, y, u):
+        l, (U, V) = y.reshape(6, *shape[1:])[:2], u(t).reshape(shape)
+        p, d = l[0], l[0] - l[1]
+        lb = np.stack([(2 * U * V - A) * d - p, U * U * d]) + (L @ (alpha * l).ravel()).reshape(shape)
+        return -np.concatenate([lb, [-U * d, p], l * brusselator.lap(np.stack([U, V]), size.N)]).ravel()
+
+    def solve(f, t, y, given, **options):
+        options |= {"rtol": tolerance, "atol": tolerance, "first_step": 1e-6 * abs(t[1] - t[0])}  # u0 is off balance
+        return solve_ivp(f, t, y.ravel(), "DOP853", args=(given,), **options)
+
+    course = [
+        (t, 5.0 * data["disc"] * forced, sampled) for t, forced, sampled in zip(*brusselator.pieces(size), strict=True)
+    ]
+    solutions, u = [], data["u0"]
+    for t, force, _ in course:
+        solutions.append(solve(f, (0, t), u, force, dense_output=True).sol)
+        u = solutions[-1](t)
+    y = np.zeros((6, *shape[1:]))
+    for (t, _, sampled), u in zip(course[::-1], solutions[::-1], strict=True):
+        y[:2] += sampled * (u(t).reshape(shape) - 1)
+        y = solve(back, (t, 0), y, u, t_eval=[0]).y.reshape(y.shape)
+    return dict(zip(theta, y[2:], strict=True))
+
+
+@pytest.mark.parametrize("size", [Ode(17, spread=0.5), Ode(6, T=1.5, save=0.3, alpha=0.1, spread=0.9, k0=3)])
+def test_ode_exact_against_the_adjoint_equation(size):
+    theta, data = brusselator.ode_inputs(size)
+    total, worst = relative(by_dop853(theta, data, size), brusselator.exact(theta, data, size)[1])
+    assert total <= 1e-9 and worst <= 1e-8
+
+
+def test_ode_exact_against_steps_of_the_hand_adjoint_at_32():
+    size = Ode(32, spread=0.5)
+    theta, data = brusselator.ode_inputs(size)
+    loss, exact = brusselator.exact(theta, data, size)
+    value, gradient = adjoint("ode", size._replace(rtol=1e-11, atol=1e-9))
+    total, worst = relative(gradient, exact)
+    assert value == pytest.approx(loss, rel=1e-8) and total <= 1e-7 and worst <= 1e-6
 
 
 def relative(gradient, exact):

@@ -170,9 +170,10 @@ def implicit_root(theta, data, size):
     return implicit(theta, data, size, rootfinder)
 
 
-def ode(theta, data, size, solved=lambda solver: None):
+def ode(theta, data, size, plugin="cvodes", solved=lambda solver: None):
     """CVODES (Hindmarsh et al., ACM TOMS 31 (2005) 363): BDF of variable order, Newton with a sparse QR. Its gradient is the
-    adjoint equation, solved on the interpolated solution. It stops where the forcing sets in, and samples by interpolation."""
+    adjoint equation, solved on the interpolated solution, or sensitivities, integrated beside it. It stops where the forcing
+    sets in, and samples by interpolation. So does IDAS, whose BDF takes the equation as F(t, u, u') = 0."""
     N, D = size.N, sparse_difference(size.N)
     x, push = ca.SX.sym("x", 2 * N * N), ca.SX.sym("push", N, N)
     A, B, alpha1, alpha2 = fields = [ca.SX.sym(name, N, N) for name in ("A", "B", "alpha1", "alpha2")]
@@ -188,7 +189,7 @@ def ode(theta, data, size, solved=lambda solver: None):
     loss = ca.sumsqr(1 - u) / 2
     for force in np.unique(forced):
         here = forced == force
-        solver = ca.integrator("solver", "cvodes", equation, 0, np.cumsum(lengths[here]).tolist(), options)
+        solver = ca.integrator("solver", plugin, equation, 0, np.cumsum(lengths[here]).tolist(), options)
         values = FORCING * force * data["disc"], *(theta[name] for name in ("A", "B", "alpha1", "alpha2"))
         states = ca.horzsplit(solver(x0=u, p=ca.vertcat(*map(ca.vec, values)))["xf"])
         solved(solver)
@@ -197,11 +198,15 @@ def ode(theta, data, size, solved=lambda solver: None):
     return loss
 
 
-def ode_stats(theta, data, size):
+def ode_idas(theta, data, size):
+    return ode(theta, data, size, "idas")
+
+
+def ode_stats(theta, data, size, plugin="cvodes"):
     """Of the primal, by numbers in place of symbols."""
     counts = []
     numbers = ({name: ca.DM(a.reshape(-1, a.shape[-1]).T) for name, a in arrays.items()} for arrays in (theta, data))
-    ode(*numbers, size, solved=lambda solver: counts.append(solver.stats()))
+    ode(*numbers, size, plugin, solved=lambda solver: counts.append(solver.stats()))
     names = {
         "steps": "nsteps",
         "rejected": "netfails",
@@ -210,6 +215,10 @@ def ode_stats(theta, data, size):
         "linear_solves": "nniters",
     }
     return {name: sum(stats[key] for stats in counts) for name, key in names.items()}
+
+
+def ode_idas_stats(theta, data, size):
+    return ode_stats(theta, data, size, "idas")
 
 
 IMPLEMENTATION = {
@@ -221,13 +230,24 @@ IMPLEMENTATION = {
         "cvodes": Implementation(
             ode,
             stats=ode_stats,
-            strategies={"interpolating": ode},
+            strategies={"interpolating": ode, "sensitivity": ode},
             unsupported={
                 "tape": "The reverse of CVODES is the adjoint equation (`TypeError: this graph holds an integrator`); see "
                 "interpolating.",
                 "compile": "The reverse of CVODES is the adjoint equation (`TypeError: this graph holds an integrator`); see "
                 "interpolating.",
             },
-        )
+        ),
+        "idas": Implementation(
+            ode_idas,
+            stats=ode_idas_stats,
+            strategies={"interpolating": ode_idas, "sensitivity": ode_idas},
+            unsupported={
+                "tape": "The reverse of IDAS is the adjoint equation (`TypeError: this graph holds an integrator`); see "
+                "interpolating.",
+                "compile": "The reverse of IDAS is the adjoint equation (`TypeError: this graph holds an integrator`); see "
+                "interpolating.",
+            },
+        ),
     },
 }

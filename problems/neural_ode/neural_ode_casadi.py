@@ -42,9 +42,9 @@ def rk4(theta, data, size):
 # ode: the batch takes steps together
 
 
-def ode(theta, data, size):
+def ode(theta, data, size, solved=lambda solver: None):
     """CVODES (Hindmarsh et al., ACM TOMS 31 (2005) 363): Adams' method, of variable order; functional iteration, because nothing
-    is stiff. Its gradient is the adjoint equation, solved on the interpolated solution."""
+    is stiff. Its gradient is the adjoint equation, solved on the interpolated solution, or sensitivities, integrated beside."""
     u0, b = data["u0"], size.b
     blocks = theta["W1"].T, theta["b1"], theta["W2"].T, theta["b2"]
     u, p = ca.MX.sym("u", 2 * b), ca.MX.sym("p", sum(block.numel() for block in blocks))
@@ -55,9 +55,20 @@ def ode(theta, data, size):
     equation = {"x": u, "p": p, "ode": ca.vec(f(ca.reshape(u, 2, b), *net))}
     solver = ca.integrator("solver", "cvodes", equation, 0, np.linspace(0, T, SAVES)[1:].tolist(), options)
     saved = solver(x0=ca.vec(u0), p=ca.vertcat(*map(ca.vec, blocks)))["xf"]  # (2 b, 29)
+    solved(solver)
     return ca.sumsqr(u0 - ca.repmat(data["target"][:, 0], 1, b)) + ca.sumsqr(
         saved - ca.repmat(data["target"][:, 1:], b, 1)
     )
+
+
+def ode_stats(theta, data, size):
+    """Of the primal, by numbers in place of symbols."""
+    counts = {}
+    numbers = ({name: ca.DM(a.reshape(-1, a.shape[-1]).T) for name, a in arrays.items()} for arrays in (theta, data))
+    ode(*numbers, size, solved=lambda solver: counts.update(solver.stats()))
+    return {
+        name: counts[key] for name, key in (("steps", "nsteps"), ("rejected", "netfails"), ("rhs_calls", "nfevals"))
+    }
 
 
 def attempt(net, size):
@@ -105,5 +116,18 @@ def ode_tape(theta, data, size):
 IMPLEMENTATION = {
     "rhs": {"mx": Implementation(rhs)},
     "rk4": {"mx": Implementation(rk4)},
-    "ode": {"mx": Implementation(ode, strategies={"interpolating": ode, "tape": ode_tape, "compile": ode_tape})},
+    "ode": {
+        "mx": Implementation(ode_tape),
+        "cvodes": Implementation(
+            ode,
+            stats=ode_stats,
+            strategies={"interpolating": ode, "sensitivity": ode},
+            unsupported={
+                "tape": "The reverse of CVODES is the adjoint equation (`TypeError: this graph holds an integrator`); see "
+                "interpolating.",
+                "compile": "The reverse of CVODES is the adjoint equation (`TypeError: this graph holds an integrator`); see "
+                "interpolating.",
+            },
+        ),
+    },
 }
