@@ -1139,7 +1139,7 @@ def implicit_stats(theta, data, size):
 # or three to 1e-6 at any c for alpha in 5..15, where waves and the mean of 1 / alpha take up to ten at small c. They begin
 # at what the last KNOWN solutions with this S span (Fischer, Comput. Methods Appl. Mech. Engrg. 163 (1998) 193).
 
-KNOWN = 12
+KNOWN = 24
 
 
 class Solver(NamedTuple):
@@ -1289,13 +1289,15 @@ def cg(S, b, tolerance):
     number, energy = S.number[0], 0.0
     for k in range(y.size):
         y[k] = p[k] = 0
+    a = dot(S.known[0], res)
     for m in range(min(number, KNOWN)):
-        part, S_part = S.known[m], S.S_known[m]
-        a = dot(part, res)
-        energy += a * a
+        part, S_part, following, rest = S.known[m], S.S_known[m], S.known[(m + 1) % KNOWN], 0.0
         for k in range(y.size):
             y[k] += a * part[k]
             res[k] -= a * S_part[k]
+            rest += following[k] * res[k]
+        energy += a * a
+        a = rest
     new, S_new = S.known[number % KNOWN], S.S_known[number % KNOWN]
     for k in range(y.size):
         new[k], S_new[k] = y[k], res[k]
