@@ -38,7 +38,7 @@ class Slot:
 
     shape: tuple[int, ...]
     dtype: str
-    role: str = "input"  # scratch, output or result
+    role: str = "input"  # scratch, kept, output or result
     name: str = ""
 
     @property
@@ -50,9 +50,9 @@ class Slot:
         return self.dtype.startswith("float")
 
 
-def scratch(shape, dtype="float64"):
-    """A buffer of the kernel's; it holds anything at first."""
-    return Slot(_shape(shape), np.dtype(dtype).name, "scratch")
+def scratch(shape, dtype="float64", differentiated=True):
+    """A buffer of the kernel's; it holds anything at first. One that only functions with a rule write needs no derivative."""
+    return Slot(_shape(shape), np.dtype(dtype).name, "scratch" if differentiated else "kept")
 
 
 def output(shape, dtype="float64"):
@@ -912,7 +912,8 @@ def _entry(program, mode, active):
     for slot in program.slots:
         data = pointer(slot.name, slot, slot.role == "output")
         primal.append(f"ptr %{data}")
-        if mode != "primal" and slot.real and (slot.name not in program.constant or slot in changed):
+        varies = slot.real and slot.role != "kept" and (slot.name not in program.constant or slot in changed)
+        if mode != "primal" and varies:
             words.append(f'metadata !"enzyme_dup", ptr %{data}, ptr %{pointer(f"d{slot.name}", slot, True)}')
         else:
             words.append(f'metadata !"enzyme_const", ptr %{data}')

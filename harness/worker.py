@@ -37,6 +37,16 @@ def main(spec_path: str, out_path: str) -> None:
     os._exit(0)  # libraries take up to 0.7 s to tear themselves down, for nobody
 
 
+GAVE_UP = (  # what solvers say who are not ours: diffrax, CVODES and IDAS, torchdiffeq
+    "The maximum number of solver steps was reached",
+    "TOO_MUCH_WORK",
+    "TOO_MUCH_ACC",
+    "CONV_FAIL",
+    "ERR_FAIL",
+    "underflow in dt",
+)
+
+
 def failure(e: BaseException) -> dict:
     """The status of an exception and its sentence."""
     said = " ".join(f"{type(e).__name__}: {e}".split())[:400]
@@ -47,6 +57,8 @@ def failure(e: BaseException) -> dict:
         or "out of memory" in said
     ):
         return {"status": "oom", "reason": f"Memory ran out: {said}"}
+    if gave_up := next((words for words in GAVE_UP if words in str(e)), ""):
+        return {"status": "diverged", "reason": f"The solver gave up (`{gave_up}`); give a larger rtol or atol."}
     if type(e).__name__ in ("Invalid", "Wrong", "Diverged", "Timeout", "Unavailable"):
         return {"status": type(e).__name__.lower(), "reason": " ".join(str(e).split()), **vars(e).get("result", {})}
     return {"status": "error", "reason": said}

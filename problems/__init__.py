@@ -9,6 +9,7 @@ importing anything (harness/cells.py), so their keys are plain strings.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,16 @@ GOLDEN = 0.6180339887498949
 def gold(n: int, k0: int = 1) -> np.ndarray:
     """n deterministic numbers in [-0.5, 0.5), float64, the same bits in every framework: ((k0 + i) * golden) % 1 - 0.5."""
     return ((k0 + np.arange(n)) * GOLDEN) % 1.0 - 0.5
+
+
+def seconds(f: Callable[[], Any]) -> float:
+    """What a call of f takes, the quickest of five: a part of a gradient, for `stats`."""
+    taken = []
+    for _ in range(5):
+        began = perf_counter()
+        f()
+        taken.append(perf_counter() - began)
+    return min(taken)
 
 
 def whole(a: float, b: float) -> int | None:

@@ -33,7 +33,7 @@ class TaskPart:
     name: str
     about: str
     figures: list[Picture]
-    headline: tables.Headline | None
+    beside: list[tables.Beside]
     tables: list[tables.Table]
 
 
@@ -183,7 +183,7 @@ def _task(name: str, part: pd.DataFrame, rates: dict[tuple[str, str], tables.Rat
         name,
         _about(str(part.problem.iloc[0])),
         pictures,
-        tables.headline(part, task.published) if task and task.published else None,
+        [*tables.headline(part, task.published if task else None), *tables.middle(part)],
         [tables.table(p, own.get(str(p["size"].iloc[0]))) for p in at],
     )
 

@@ -4,13 +4,13 @@ Ratios are of minima, and only of cells at the same task, size, device, dtype an
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import pandas as pd
 
-from harness import ROOT, UserError, cells
+from harness import ROOT, UserError, cells, source
 from harness.ledger import AsIs, CellRecord, Floor, Run, Status
 from harness.statistics import Summary, summary, timing
 from problems import Published, Task
@@ -77,9 +77,10 @@ class Rewriting:
 
 
 @dataclass(frozen=True)
-class Headline:
-    """What others published of a task, and beside it what was measured here."""
+class Beside:
+    """Of one task a table more, with the way first: what others published beside what was measured here, say."""
 
+    title: str
     caption: str
     columns: list[str]
     rows: list[list[str]]
@@ -185,6 +186,7 @@ def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> di
         "error": record.error,
         "error_all": _error_of_all(record),
         "solver": _counted(record),
+        "solves_s": _stats(record).get("solves_s"),
         "gate": record.gate,
         "judge": record.judge,
         "loss": record.loss,
@@ -220,10 +222,14 @@ def _error_of_all(record: CellRecord) -> float | None:
     return off / norm if off is not None and norm else None
 
 
+def _stats(record: CellRecord) -> dict[str, float]:
+    return (record.processes[0].stats if record.processes else None) or {}
+
+
 def _counted(record: CellRecord) -> str:
     """`19 steps, 95 linear solves`"""
-    stats = (record.processes[0].stats if record.processes else None) or {}
-    return ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in stats.items())
+    stats = _stats(record)
+    return ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in stats.items() if name != "solves_s")
 
 
 def _times(s: Summary | None) -> dict[str, float | None]:
@@ -317,12 +323,14 @@ def table(part: pd.DataFrame, rate: Rate | None) -> Table:
     )
 
 
-def headline(part: pd.DataFrame, published: Published) -> Headline | None:
-    """Of one task in one setting; None where nothing was measured at the published size keys."""
+def headline(part: pd.DataFrame, published: Published | None) -> Iterator[Beside]:
+    """What others published beside what was measured here, where something was measured at the published size keys."""
+    if published is None:
+        return
     axis = part.axis.iloc[0]
     ours = part.loc[(part.status == "ok") & (other_keys(part).map(_keys) == published.keys)]
     if ours.empty:
-        return None
+        return
     places = sorted({*ours.axis_value, *(x for row in published.seconds.values() for x in row)})
     last = max(x for row in published.seconds.values() for x in row)
     rows = [
@@ -350,7 +358,34 @@ def headline(part: pd.DataFrame, published: Published) -> Headline | None:
         f"error of all entries at {axis} = {last:g}",
         "of the worst block",
     ]
-    return Headline(said, columns, rows)
+    yield Beside("beside what was published", said, columns, rows)
+
+
+def middle(part: pd.DataFrame) -> Iterator[Beside]:
+    """Of one task in one setting, a size a table: the gradient without its solves, where those were timed alone."""
+    part = part.loc[(part.status == "ok") & ~part.strategy.isin(("checkpoint", "forward", *cells.APPROXIMATE_OR_SLOW))]
+    for size in sizes(part.loc[part.solves_s.notna()]):
+        here = part.loc[part["size"] == size].sort_values("derivative_median_s")
+        rest = here.derivative_median_s - here.solves_s
+        hand = rest[here.strategy == "adjoint"].min()
+        rows = [
+            [f"`{r.way}`", *map(seconds, (r.derivative_median_s, r.solves_s, own)), ratio(own / hand), _doc(r)]
+            for r, own in zip(here.itertuples(), rest, strict=True)
+        ]
+        yield Beside(
+            f"{here.size_keys.iloc[0]}, without its solves",
+            "Every step assembles a matrix, factorises it and solves: mutation meets linear algebra. The solves of a gradient "
+            "were timed alone, on the same matrices by the same code, and are taken off; how each library met them is its "
+            "author's sentence.",
+            ["way", "derivative", "its solves", "without them", "of the hand adjoint's", "how"],
+            rows,
+        )
+
+
+def _doc(row: Any) -> str:
+    return source.said(
+        cells.Cell(row.problem, row.task.partition(".")[2], row.backend, row.form, True, row.strategy, row.size)
+    )
 
 
 def _keys(text: str) -> dict[str, float]:
@@ -426,6 +461,7 @@ def wanted(rows: pd.DataFrame) -> list[Wanted]:
     solved = one.loc[(one.reference == "continuous") & ~one.strategy.isin(cells.APPROXIMATE_OR_SLOW)]
     if solved.strategy.isin(AROUND).any():
         have = solved[solved.strategy.isin(AROUND)][["task", "size"]].drop_duplicates()
+        no = rows.loc[rows.strategy.isin(AROUND) & (rows.status == "unsupported")].drop_duplicates(["task", "way"])
         beside = solved.merge(have, on=["task", "size"]).sort_values(["task", "axis_value", "size_keys", "error"])
         found.append(
             Wanted(
@@ -433,7 +469,8 @@ def wanted(rows: pd.DataFrame) -> list[Wanted]:
                 "The same solution, differentiated step by step (discrete: exact for the steps that were taken, and as good as "
                 "they are) or by an adjoint equation that a solver integrates with an error of its own (`backsolve` runs the "
                 "solution backwards beside it and stores nothing; `interpolating` stores it). Where the steps' lengths are "
-                "differentiated with them, that is in the error too. Errors are relative to the derivative of the solution.",
+                "differentiated with them, that is in the error too. Errors are relative to the derivative of the solution."
+                + "".join(f" Not at all {r.task} by `{r.way}`: {r.reason}" for r in no.itertuples()),
                 ["task", "size", "way", "derivative", "error", "solver"],
                 [
                     [r.task, r.size_keys, f"`{r.way}`", seconds(r.derivative_median_s), error(r.error), r.solver]

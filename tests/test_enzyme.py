@@ -905,6 +905,39 @@ def test_rule_of_data():
     close([data], [Y])
 
 
+@njit
+def invert(x, kept, out):
+    for k in range(x.size):
+        kept[k] = out[k] = 1 / x[k]
+
+
+@njit
+def invert_vjp(x, kept, out, xb, outb):
+    for k in range(x.size):
+        xb[k] -= kept[k] ** 2 * outb[k]
+        outb[k] = 0
+
+
+rule(invert, invert_vjp, wrt=("x", "out"))
+
+
+def test_rule_with_a_buffer_that_is_not_differentiated():
+    """What the way there left in it is what the way back finds."""
+
+    @njit
+    def kernel(x, y, kept, buffer):
+        invert(x, kept[0], buffer[0])
+        for k in range(x.size):
+            buffer[1, k] = buffer[0, k] * y[k]
+        invert(buffer[1], kept[1], buffer[2])
+        return (buffer[2] * x).sum()
+
+    kept, buffer = scratch((2, N), differentiated=False), scratch((3, N))
+    x, y = np.abs(X) + 1, np.abs(Y) + 2
+    got = jax.jit(jax.grad(lambda x, y: differentiable(kernel)(x, y, kept, buffer), (0, 1)))(x, y)
+    close(got, complex_step(lambda x, y: (1 / (1 / x * y) * x).sum(), [x, y]))
+
+
 def test_rule_is_for_reverse_mode():
     with pytest.raises(EnzymeError, match="forward mode"):
         jax.jvp(lambda x: differentiable(chain)(x, Y, scratch((4, N))), (X,), (X,))

@@ -17,7 +17,8 @@ from conftest import PLAIN, Tree, is_sentence
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from harness import cell_protocol, judge, processes
+from harness import cell_protocol, cells, judge, processes
+from harness.measure import attempt
 from problems import gold
 
 STATEMENT = """
@@ -313,6 +314,13 @@ def test_however_a_worker_ends_the_cell_has_a_status_and_a_sentence(faults, name
     assert all(part in said["reason"] for part in parts), said["reason"]
 
 
+@pytest.mark.parametrize("way", ["casadi/interpolating", "casadi.idas/interpolating", "jax.diffrax-kvaerno5/reverse"])
+def test_a_library_s_solver_that_gives_up_is_diverged(way):
+    result = attempt(cells.cell(f"brusselator.ode/{way}@N=3,rtol=1e-16,atol=1e-18"), 120.0)
+    assert result["status"] == "diverged"
+    assert "gave up" in is_sentence(result["reason"]) and "give a larger rtol or atol" in result["reason"]
+
+
 def test_a_worker_that_hangs_is_a_timeout(faults):
     (said,) = faults.measure(fault("forever"), limit=2.0)
     assert said["status"] == "timeout" and "2 s" in said["reason"] and "first call" in said["reason"]
@@ -422,7 +430,6 @@ def test_a_reference_is_made_once(tree, tmp_path):
     tree.write("problems/faults/faults_numba.py", IMPLEMENTATION)
     code = """
 from harness import processes
-from harness.cells import cell
 from harness.measure import measure
 run, modes = processes.run, []
 processes.run = lambda mode, *rest: modes.append(mode) or run(mode, *rest)
@@ -451,7 +458,6 @@ def test_a_reference_that_failed_is_not_tried_again(tree, tmp_path):
     tree.write("problems/faults/faults_plain.py", IMPLEMENTATION)
     code = """
 from harness import processes
-from harness.cells import cell
 from harness.measure import measure
 run, modes = processes.run, []
 processes.run = lambda mode, *rest: modes.append(mode) or run(mode, *rest) | extra
@@ -487,7 +493,6 @@ with ThreadPoolExecutor(2) as pool:
 
 
 AS_IS = """
-from harness.cells import cell
 from harness.measure import as_is
 from dataclasses import replace
 for form in ("array", "inplace"):

@@ -463,6 +463,25 @@ def test_what_was_published_stands_beside_what_was_measured(report):
     assert "19 steps, 95 linear solves" in markdown and "beside what was published" in html
 
 
+def test_the_middle_stands_without_its_solves(report):
+    def step(way, seconds, **stats):
+        found = cell(f"shallow_ice.semi_implicit/{way}@small", seconds / 1.1, keys={"N": 32, "nst": 20, "A": 4e-17})
+        found.processes[0].stats = {"steps": 20} | stats
+        return found
+
+    records = [step("numba/adjoint", 3e-3, solves_s=1e-3), step("jax/reverse", 7e-3, solves_s=1e-3)]
+    records += [step("jax/checkpoint", 8e-3, solves_s=1e-3), step("casadi/tape", 0.05)]
+    markdown, html, _ = report(records)
+    table = markdown.split("without its solves.**")[1].split("\n\n")[1]
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
+    by_name = {row[0]: row[1:] for row in rows}
+    assert by_name["`numba/adjoint`"][:4] == ["3.00 ms", "1.00 ms", "2.00 ms", "1.00"]
+    assert by_name["`jax/reverse`"][:4] == ["7.00 ms", "1.00 ms", "6.00 ms", "3.00"]
+    assert by_name["`casadi/tape`"][:4] == ["50.0 ms", "–", "–", "–"]
+    assert "LAPACK on the host" in by_name["`jax/reverse`"][4] and "`jax/checkpoint`" not in by_name
+    assert "20 steps" in markdown and "solves s" not in markdown and "without its solves" in html
+
+
 def test_time_against_error_is_drawn_from_three_tolerances_on(report, tmp_path):
     at = [(1e-5, 1e-3), (1e-7, 3e-6), (1e-8, 2e-7)]
     for n in (2, 3):
@@ -498,6 +517,10 @@ def test_around_the_solver_stands_beside_through_it(report):
     part = markdown.split("### Through the solver, or around it")[1].split("## ")[0]
     assert [way in part for way in ("numba/adjoint", "jax/backsolve", "torch/reverse")] == [True, True, False]
     assert part.index("numba/adjoint") < part.index("jax/backsolve")  # by error
+    at = "brusselator.ode/jax.diffrax-kvaerno5/backsolve@small"
+    no = cell(at, status="unsupported", reason="Diffusion has no way back.", keys=records[0].size_keys)
+    markdown, *_ = report([*records, solved("casadi/interpolating", 8, 2e-3), no])
+    assert "Not at all brusselator.ode by `jax.diffrax-kvaerno5/backsolve`: Diffusion has no way back." in markdown
 
 
 def test_same_ledger_same_bytes(report, tmp_path):

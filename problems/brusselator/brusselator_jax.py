@@ -402,6 +402,10 @@ def ode_diffrax_forward(theta, data, size):
     return ode_diffrax(theta, data, size, adjoint="ForwardMode")
 
 
+def ode_diffrax_backsolve(theta, data, size):
+    return ode_diffrax(theta, data, size, adjoint="BacksolveAdjoint")
+
+
 IMPLEMENTATION = {
     "rhs": {"array": Implementation(rhs), "loops": Implementation(rhs_loops)},
     "imex": {"array": Implementation(imex, strategies={"checkpoint": imex_checkpoint, "custom_rule": imex_rule})},
@@ -412,7 +416,14 @@ IMPLEMENTATION = {
     "ode": {
         "array": Implementation(ode, strategies={"checkpoint": ode_checkpoint}),
         "diffrax-kvaerno5": Implementation(
-            ode_diffrax, stats=ode_diffrax_stats, strategies={"forward": ode_diffrax_forward}
+            ode_diffrax,
+            stats=ode_diffrax_stats,
+            strategies={"forward": ode_diffrax_forward, "backsolve": ode_diffrax_backsolve},
+            unsupported={
+                "backsolve": "Diffusion has no way back: what died out grows again, from rounding, by e^1000 at N = 4, and the "
+                "solver ends (`The maximum number of solver steps was reached`). Of a stiff equation store the solution, or "
+                "its steps.",
+            },
         ),
     },
 }

@@ -153,6 +153,7 @@ defvjp_argnums(solve, solve_vjp)
 
 
 def semi_implicit(theta, data, size):
+    """The solve is a primitive around LAPACK, whose vjp keeps the factor."""
     B, H0, A = data["B"], theta["H0"], size.A * np.exp(theta["lnA"])
     H = np.where(H0 > 0, H0, 0.0)
     for _ in range(size.nst):

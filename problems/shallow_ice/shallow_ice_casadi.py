@@ -166,6 +166,7 @@ def implicit_step(N, dt, C):
 
 
 def semi_implicit(theta, data, size, work):
+    """The solve is a node of the graph, a sparse L D L^T of the whole grid, and its rule CasADi's own."""
     H0, A = theta["H0"], size.A * ca.exp(theta["lnA"])
     step, H = implicit_step(size.N, YEARS / size.nst, work), ca.if_else(H0 > 0, H0, 0)
     for _ in range(size.nst):

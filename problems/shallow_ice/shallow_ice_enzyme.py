@@ -1,7 +1,7 @@
 """The valley glacier in Numba for Enzyme: the very loops of the hand-written adjoint's primal.
 
-The semi-implicit step's assembly is such a kernel too; its solve is JAX's beside it, with its rule, because LAPACK is no
-code that Enzyme sees.
+In the semi-implicit one the solve has a rule, so that Enzyme does not go through the factorisation; in the form `scan` the
+assembly alone is Enzyme's, the solve JAX's beside it, because LAPACK is no code that Enzyme sees.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numba import njit
 
-from backends.enzyme_backend import differentiable, output, scratch
+from backends.enzyme_backend import differentiable, output, rule, scratch
 from problems import Implementation
 from problems.shallow_ice import (
     A_MAX,
@@ -33,6 +33,7 @@ from problems.shallow_ice import (
 from problems.shallow_ice.shallow_ice_jax import fluidity, on_host, pad, root, semi_implicit_prepare, solve
 from problems.shallow_ice.shallow_ice_numba import (
     SSPRK3,
+    box_stats,
     clear,
     copy,
     corners,
@@ -43,6 +44,9 @@ from problems.shallow_ice.shallow_ice_numba import (
     relaxation,
     rhs_kernel,
     scales,
+    semi_implicit_kernel,
+    solve_box,
+    solve_box_again,
     ssprk3,
     ude_kernel,
     units,
@@ -121,7 +125,8 @@ def system_kernel(H, lnA, B, c, eps, K, Kx, Ky, b):
             )
 
 
-def semi_implicit(theta, data, size, work):
+def semi_implicit_scan(theta, data, size, work):
+    """The assembly is Enzyme's; the loop and the solve, with its rule, are JAX's."""
     N, nst, B, H0 = size.N, size.nst, data["B"], theta["H0"]
     unit, eps = scales(size, H0.dtype)
     shapes = (N - 1, N - 2), (N - 2, N - 1), (N - 2, N - 2)
@@ -136,6 +141,33 @@ def semi_implicit(theta, data, size, work):
 
     H, _ = jax.lax.scan(step_once, jnp.where(H0 > 0, H0, 0), length=nst)
     return jnp.mean((H - H0) ** 2)
+
+
+@njit
+def solve_box_vjp(D, rows, columns, A, r, Db, rb):
+    """With M x = r and M lam = xb, of the right-hand side lam, and of the entry M[i, k], which M[k, i] equals,
+    -(lam[i] x[k] + lam[k] x[i]). r holds x by now, and A the factor."""
+    solve_box_again(rows, columns, A, rb)
+    n = rows * columns
+    for k in range(n):
+        Db[0, k] -= rb[k] * r[k]
+    for m, entries in ((1, Db[1]), (columns, Db[2])):
+        for k in range(n - m):
+            entries[k] -= rb[k + m] * r[k] + rb[k] * r[k + m]
+
+
+rule(solve_box, solve_box_vjp, wrt=("D", "r"))
+
+
+def semi_implicit(theta, data, size, work):
+    """All of it is one kernel. Its solves have a rule, one solve by the same factor, which stays in A until it is wanted."""
+    N, nst, H0 = size.N, size.nst, theta["H0"]
+    unit, eps = scales(size, H0.dtype)
+    inner, dtype = (N - 2) ** 2, H0.dtype
+    X, K, D, r = (scratch(shape, dtype) for shape in ((nst + 1, N, N), (N - 1, N - 1), (3, inner), (nst, inner)))
+    box, A = scratch((nst, 4), "int64"), scratch((nst, inner * (N - 1)), dtype, differentiated=False)
+    c = unit * size.A * YEARS / nst
+    return differentiable(semi_implicit_kernel)(theta["lnA"], H0, data["B"], c, eps, X, K, D, r, box, A)
 
 
 def halfar(theta, data, size):
@@ -206,7 +238,12 @@ def pseudo_transient_root(theta, data, size):
 IMPLEMENTATION = {
     "rhs": {"loops": Implementation(rhs)},
     "ude": {"loops": Implementation(ude), "scan": Implementation(ude_scan)},
-    "semi_implicit": {"loops": Implementation(semi_implicit, semi_implicit_prepare, stats=semi_implicit_stats)},
+    "semi_implicit": {
+        "loops": Implementation(
+            semi_implicit, semi_implicit_prepare, box_stats, strategies={"forward": semi_implicit_scan}
+        ),
+        "scan": Implementation(semi_implicit_scan, semi_implicit_prepare, stats=semi_implicit_stats),
+    },
     "halfar": {"loops": Implementation(halfar)},
     "pseudo_transient": {
         "loops": Implementation(

@@ -229,6 +229,7 @@ def solve_rule(Kx, Ky, b, factorise, back):
 
 
 def semi_implicit(theta, data, size, work, solve=solve, remat=lambda f: f):
+    """The solve leaves the graph for LAPACK on the host; its jvp is a custom_linear_solve by the same factor."""
     B, H0, A = data["B"], theta["H0"], size.A * jnp.exp(theta["lnA"])
     factorise, back = on_host(work, size.nst + 1)
 
@@ -248,6 +249,7 @@ def semi_implicit_checkpoint(theta, data, size, work):
 
 
 def semi_implicit_rule(theta, data, size, work):
+    """The adjoint of the solve, which is LAPACK's on the host, is written out: no jvp is transposed."""
     return semi_implicit(theta, data, size, work, solve_rule)
 
 

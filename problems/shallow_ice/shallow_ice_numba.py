@@ -20,7 +20,7 @@ from numba import njit
 
 from backends.numba_backend import LANES, by_chunks
 from backends.numba_math import copy
-from problems import Implementation
+from problems import Implementation, seconds, structure
 from problems.shallow_ice import (
     A_MAX,
     A_MIN,
@@ -41,7 +41,6 @@ from problems.shallow_ice import (
     halfar_dx,
     most_iterations,
     pseudo_transient_stats,
-    semi_implicit_stats,
     steps_a_year,
 )
 
@@ -551,7 +550,8 @@ class SemiImplicitWork(NamedTuple):
     eps: float
     X: np.ndarray  # (nst + 1, N, N): S' - B, of which H' is the positive part; X[0] = H0
     K: np.ndarray  # (N-1, N-1) on corners
-    r: np.ndarray  # ((N-2)^2): right-hand side, then solution
+    D: np.ndarray  # (3, (N-2)^2): the matrix's entries of a node with itself, the next, that of the next row
+    r: np.ndarray  # (1, (N-2)^2): right-hand side, then solution
     box: np.ndarray  # (nst, 4): first and last row and column of the nodes around the ice
     A: np.ndarray  # (nst, (N-2)^2 (N-1)): the factors, as far as their boxes reach
 
@@ -566,10 +566,11 @@ def semi_implicit_prepare(structure, size):
     N, nst, dtype = size.N, size.nst, structure["H0"].dtype
     unit, eps = scales(size, dtype)
     inner = (N - 2) ** 2
-    X, K, r, A = (np.empty(s, dtype) for s in ((nst + 1, N, N), (N - 1, N - 1), inner, (nst, inner * (N - 1))))
+    shapes = (nst + 1, N, N), (N - 1, N - 1), (3, inner), (1, inner), (nst, inner * (N - 1))
+    X, K, D, r, A = (np.empty(shape, dtype) for shape in shapes)
     box = np.empty((nst, 4), np.int64)
     cotangents = Cotangents(np.empty((N, N), dtype), np.zeros((N, N), dtype), np.empty(N, dtype))
-    return SemiImplicitWork(dtype.type(unit * size.A * YEARS / nst), eps, X, K, r, box, A), cotangents
+    return SemiImplicitWork(dtype.type(unit * size.A * YEARS / nst), eps, X, K, D, r, box, A), cotangents
 
 
 @njit(fastmath=True)
@@ -601,22 +602,17 @@ def around(K, box):
 
 
 @njit(fastmath=True)
-def assemble(X, B, K, box, A, r):
-    """The matrix in the box, A[k, m] its entry (k + m, k), and the right-hand side."""
-    zero, one = X.dtype.type(0), X.dtype.type(1)
+def assemble(X, B, K, box, D, r):
+    """The matrix in the box, which is symmetric, and the right-hand side."""
+    zero, one, k = X.dtype.type(0), X.dtype.type(1), 0
     i0, i1, j0, j1 = box
-    columns, k = j1 - j0 + 1, 0
     for i in range(i0, i1 + 1):
         for j in range(j0, j1 + 1):
             north, south = K[i - 1, j - 1] + K[i - 1, j], K[i, j - 1] + K[i, j]
             west, east = K[i - 1, j - 1] + K[i, j - 1], K[i - 1, j] + K[i, j]
-            Ak = A[k]
-            for m in range(columns):
-                Ak[m] = zero
-            Ak[0] = one + ((north + south) + (west + east))
-            if j < j1:
-                Ak[1] = -east
-            Ak[columns] = -south
+            D[0, k] = one + ((north + south) + (west + east))
+            D[1, k] = -east if j < j1 else zero
+            D[2, k] = -south
             S = B[i, j] + max(zero, X[i, j])
             r[k] = (
                 north * (B[i - 1, j] + max(zero, X[i - 1, j]) - S)
@@ -657,22 +653,31 @@ def substitute(L, r):
 
 
 @njit
-def matrix(box, A):
-    """A's part that belongs to the box, (nodes, columns + 1)."""
-    columns = box[3] - box[2] + 1
-    nodes = (box[1] - box[0] + 1) * columns
-    return A[: nodes * (columns + 1)].reshape(nodes, columns + 1)
+def solve_box(D, rows, columns, A, r):
+    """r becomes the solution in the box; A[k, m], the matrix's entry (k + m, k), becomes its factor."""
+    L = A[: rows * columns * (columns + 1)].reshape(rows * columns, columns + 1)
+    for k in range(len(L)):
+        for m in range(columns + 1):
+            L[k, m] = 0
+        L[k, 0], L[k, 1] = D[0, k], D[1, k]
+        L[k, columns] = D[2, k]
+    cholesky(L)
+    substitute(L, r)
+
+
+@njit
+def solve_box_again(rows, columns, A, r):
+    """By the factor that is in A."""
+    substitute(A[: rows * columns * (columns + 1)].reshape(rows * columns, columns + 1), r)
 
 
 @njit(fastmath=True)
-def step(X, B, c, eps, K, r, box, A, out):
+def step(X, B, c, eps, K, D, r, box, A, out):
     zero = X.dtype.type(0)
     corners(X, B, c, eps, K)
     around(K, box)
-    L = matrix(box, A)
-    assemble(X, B, K, box, L, r)
-    cholesky(L)
-    substitute(L, r)
+    assemble(X, B, K, box, D, r)
+    solve_box(D, box[1] - box[0] + 1, box[3] - box[2] + 1, A, r)
     for i in range(len(X)):
         for j in range(len(X)):
             out[i, j] = max(zero, X[i, j])
@@ -737,7 +742,7 @@ def flow_vjp(X, Xn, B, c, eps, lam, Xb, rest):
 
 
 @njit(fastmath=True)
-def step_vjp(X, Xn, B, c, eps, r, box, L, Xb, lam, rest):
+def step_vjp(X, Xn, B, c, eps, r, box, A, Xb, lam, rest):
     """Xb from the cotangent of Xn to that of X. From M (S' - S) = flow(K, S), M = 1 - flow(K, .), and with M lam = Xb
     inside, lam = 0 on the boundary: <Xb, dS'> = <Xb, dS> + <lam, flow(K, dS) + flow(dK, S')>."""
     for i in range(1, len(X) - 1):
@@ -748,7 +753,7 @@ def step_vjp(X, Xn, B, c, eps, r, box, L, Xb, lam, rest):
         for j in range(box[2], box[3] + 1):
             r[k] = Xb[i, j]
             k += 1
-    substitute(L, r)
+    solve_box_again(box[1] - box[0] + 1, box[3] - box[2] + 1, A, r)
     k = 0
     for i in range(box[0], box[1] + 1):
         for j in range(box[2], box[3] + 1):
@@ -758,12 +763,12 @@ def step_vjp(X, Xn, B, c, eps, r, box, L, Xb, lam, rest):
 
 
 @njit(fastmath=True)
-def semi_implicit_kernel(lnA, H0, B, c, eps, X, K, r, box, A):
-    """A and box have room for the factors of all steps, or of one."""
+def semi_implicit_kernel(lnA, H0, B, c, eps, X, K, D, r, box, A):
+    """r, box and A have room for the solves of all steps, or of one."""
     c, loss = c * np.exp(lnA[()]), H0.dtype.type(0)
     copy(H0, X[0])
     for n in range(len(X) - 1):
-        step(X[n], B, c, eps, K, r, box[n % len(A)], A[n % len(A)], X[n + 1])
+        step(X[n], B, c, eps, K, D, r[n % len(r)], box[n % len(A)], A[n % len(A)], X[n + 1])
     for i in range(len(B)):
         for j in range(len(B)):
             loss += (max(H0.dtype.type(0), X[-1, i, j]) - H0[i, j]) ** 2
@@ -771,16 +776,16 @@ def semi_implicit_kernel(lnA, H0, B, c, eps, X, K, r, box, A):
 
 
 @njit(fastmath=True)
-def semi_implicit_vjp_kernel(lnA, H0, B, c, eps, X, K, r, box, A, Xb, lam, rest):
+def semi_implicit_vjp_kernel(lnA, H0, B, c, eps, X, K, D, r, box, A, Xb, lam, rest):
     """Leaves the gradient by H0 in Xb; returns the loss and its derivative by lnA."""
-    loss = semi_implicit_kernel(lnA, H0, B, c, eps, X, K, r, box, A)
+    loss = semi_implicit_kernel(lnA, H0, B, c, eps, X, K, D, r, box, A)
     c, zero, lnAb, N = c * np.exp(lnA[()]), H0.dtype.type(0), H0.dtype.type(0), len(B)
     scale = H0.dtype.type(2 / N**2)
     for i in range(N):
         for j in range(N):
             Xb[i, j] = scale * (X[-1, i, j] - H0[i, j]) if X[-1, i, j] > 0 else zero
     for n in range(len(X) - 2, -1, -1):
-        lnAb += step_vjp(X[n], X[n + 1], B, c, eps, r, box[n], matrix(box[n], A[n]), Xb, lam, rest)
+        lnAb += step_vjp(X[n], X[n + 1], B, c, eps, r[0], box[n], A[n], Xb, lam, rest)
     for i in range(N):
         for j in range(N):
             Xb[i, j] -= scale * (max(zero, X[-1, i, j]) - H0[i, j])
@@ -793,9 +798,31 @@ def semi_implicit(theta, data, size, work):
 
 
 def semi_implicit_adjoint(theta, data, size, work):
+    """The matrix becomes its factor in place, buffers are overwritten; the reverse sweep goes by the factors that are left."""
     work, cotangents = work
     loss, lnAb = semi_implicit_vjp_kernel(theta["lnA"], theta["H0"], data["B"], *work, *cotangents)
     return loss, {"lnA": lnAb, "H0": cotangents.X}
+
+
+def box_stats(theta, data, size):
+    """Of the gradient, and the seconds of its solves alone."""
+    theta, data = ({name: np.asarray(a) for name, a in arrays.items()} for arrays in (theta, data))
+    work, systems = semi_implicit_prepare(structure(theta, data), size)[0], []
+    semi_implicit(theta, data, size, (work, None))
+    c = work.c * np.exp(theta["lnA"])
+    for n in range(size.nst):
+        corners(work.X[n], data["B"], c, work.eps, work.K)
+        around(work.K, work.box[n])
+        assemble(work.X[n], data["B"], work.K, work.box[n], work.D, work.r[0])
+        i0, i1, j0, j1 = work.box[n].tolist()
+        systems.append((work.D.copy(), i1 - i0 + 1, j1 - j0 + 1, work.A[n], work.r[0].copy()))
+
+    def solves():
+        for D, *system in systems:
+            solve_box(D, *system)
+            solve_box_again(*system)
+
+    return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst, "solves_s": seconds(solves)}
 
 
 # Flat ground and no caps, of halfar and pseudo_transient: a row of nodes at a time, so that each does with it what it wants
@@ -1207,7 +1234,7 @@ IMPLEMENTATION = {
         "loops": Implementation(
             semi_implicit,
             semi_implicit_prepare,
-            stats=semi_implicit_stats,
+            stats=box_stats,
             strategies={"adjoint": semi_implicit_adjoint},
         ),
     },

@@ -256,6 +256,7 @@ def implicit_step(H, B, A, dx, dt, conductance=conductance):
 
 
 def semi_implicit(theta, data, size, step=implicit_step):
+    """The solve is an autograd.Function around LAPACK, and keeps the factor for the way back."""
     H0, A = theta["H0"], size.A * torch.exp(theta["lnA"])
     H = torch.where(H0 > 0, H0, 0.0)
     for _ in range(size.nst):

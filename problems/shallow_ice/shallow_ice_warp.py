@@ -300,6 +300,7 @@ def solve(Kx, Ky, b, x, lam, solve_vjp):
 
 
 def semi_implicit(theta, data, size, work):
+    """Kernels write into buffers; between two launches the solve is LAPACK's, and its reverse is put on the tape by hand."""
     fluidity, start, corners, edges, spread, solve_vjp, add, misfit = work.kernels
     N, A, B, D, b, dx = size.N, work.A, data["B"], work.D, work.b, BOX / size.N
     wp.launch(fluidity, 1, [size.A, theta["lnA"]], [A])
