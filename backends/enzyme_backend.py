@@ -780,16 +780,17 @@ def _passed(x):
     raise EnzymeError(f"A function with a rule takes arrays, tuples of them and numbers, not {x}.")
 
 
-def _anew(kernel, made):
+def anew(kernel, made=None):
     """The function and all that it calls, to be compiled as Numba does by itself: of what was compiled once, not optimised, for
     a kernel, Numba would take the code that is there."""
     from numba import jit
     from numba.core.dispatcher import Dispatcher
 
+    made = {} if made is None else made
     if kernel not in made:
         f = kernel.py_func
         called = {name: f.__globals__.get(name) for name in f.__code__.co_names}
-        scope = {name: _anew(x, made) for name, x in called.items() if isinstance(x, Dispatcher)}
+        scope = {name: anew(x, made) for name, x in called.items() if isinstance(x, Dispatcher)}
         copy = FunctionType(f.__code__, f.__globals__ | scope, f.__name__, f.__defaults__, f.__closure__)
         made[kernel] = jit(**kernel.targetoptions)(copy)
     return made[kernel]
@@ -811,7 +812,7 @@ def _glue(kernel, types):
         return "".join(at.format(j=j, k=k, type=flat[k][0]) for j, k in enumerate(numbers))
 
     def compiled(kernel, types):
-        kernel = _anew(kernel, made)
+        kernel = anew(kernel, made)
         kernel.compile(types)
         return kernel.overloads[types]
 

@@ -142,7 +142,7 @@ def test_every_cell_is_ok_or_says_why_not(c, quickly):
 
 # the measure of all others at both, the others at one each
 AT = {"numba/adjoint": (0, 1), "jax/reverse": (0,), "torch/reverse": (1,), "casadi/tape": (1,), "enzyme/reverse": (0,)}
-AT |= {"casadi/interpolating": (1,)}
+AT |= {"casadi/interpolating": (1,), "casadi/sensitivity": (0,), "scipy/quadrature": (0,), "scipy/interpolating": (1,)}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numba import njit
 
-from backends.enzyme_backend import differentiable, output, rule, scratch
+from backends.enzyme_backend import anew, differentiable, output, rule, scratch
 from problems import Implementation
 from problems.shallow_ice import (
     A_MAX,
@@ -159,6 +159,10 @@ def solve_box_vjp(D, rows, columns, A, r, Db, rb):
 rule(solve_box, solve_box_vjp, wrt=("D", "r"))
 
 
+def semi_implicit_own_stats(theta, data, size):
+    return box_stats(theta, data, size, anew(solve_box), anew(solve_box_again))
+
+
 def semi_implicit(theta, data, size, work):
     """All of it is one kernel. Its solves have a rule, one solve by the same factor, which stays in A until it is wanted."""
     N, nst, H0 = size.N, size.nst, theta["H0"]
@@ -240,7 +244,7 @@ IMPLEMENTATION = {
     "ude": {"loops": Implementation(ude), "scan": Implementation(ude_scan)},
     "semi_implicit": {
         "loops": Implementation(
-            semi_implicit, semi_implicit_prepare, box_stats, strategies={"forward": semi_implicit_scan}
+            semi_implicit, semi_implicit_prepare, semi_implicit_own_stats, strategies={"forward": semi_implicit_scan}
         ),
         "scan": Implementation(semi_implicit_scan, semi_implicit_prepare, stats=semi_implicit_stats),
     },

@@ -804,7 +804,7 @@ def semi_implicit_adjoint(theta, data, size, work):
     return loss, {"lnA": lnAb, "H0": cotangents.X}
 
 
-def box_stats(theta, data, size):
+def box_stats(theta, data, size, solve=solve_box, again=solve_box_again):
     """Of the gradient, and the seconds of its solves alone."""
     theta, data = ({name: np.asarray(a) for name, a in arrays.items()} for arrays in (theta, data))
     work, systems = semi_implicit_prepare(structure(theta, data), size)[0], []
@@ -819,8 +819,8 @@ def box_stats(theta, data, size):
 
     def solves():
         for D, *system in systems:
-            solve_box(D, *system)
-            solve_box_again(*system)
+            solve(D, *system)
+            again(*system)
 
     return {"steps": size.nst, "factorisations": size.nst, "solves": 2 * size.nst, "solves_s": seconds(solves)}
 
