@@ -126,15 +126,19 @@ def frame(runs: list[Run]) -> pd.DataFrame:
             f"These ledgers follow different protocols ({', '.join(protocols)}), whose numbers cannot be compared; "
             "give the ledgers of one protocol."
         )
-    latest: dict[str, tuple[CellRecord, str]] = {}
+    latest: dict[tuple, tuple[CellRecord, str, str]] = {}
+    sizes: dict[tuple, str] = {}  # a size is the same however its keys were written: as they were at first
     for run in sorted(runs, key=lambda r: r.context.started):
         for record in run.cells.values():
-            if record.cell not in latest or record.finished >= latest[record.cell][0].finished:
-                latest[record.cell] = record, run.context.run
+            named = record.size if record.size in cells.SIZES else _written(record.size_keys)
+            size = sizes.setdefault((record.problem, record.task, named), record.size)
+            same = record.problem, record.task, record.way, named, record.device, record.dtype, record.threads
+            if same not in latest or record.finished >= latest[same][0].finished:
+                latest[same] = record, size, run.context.run
     if not latest:
         raise UserError("There is no finished cell in the ledger yet; run `adphys run --preset quick` first.")
     rates = floors(runs)
-    found = pd.DataFrame([_row(record, run, rates) for record, run in latest.values()])
+    found = pd.DataFrame([_row(record, run, rates) | {"size": size} for record, size, run in latest.values()])
     hand = found[found.strategy == "adjoint"].groupby(PLACE).derivative_min_s.min().rename("adjoint_s").reset_index()
     found = found.merge(hand, on=PLACE, how="left")
     found["derivative_over_primal"] = found.derivative_min_s / found.primal_min_s
@@ -173,7 +177,7 @@ def _row(record: CellRecord, run: str, rates: dict[tuple[str, str], Rate]) -> di
         "strategy": record.strategy,
         "way": record.way,
         "size": record.size,
-        "size_keys": ",".join(f"{key}={value:.15g}" for key, value in record.size_keys.items()),
+        "size_keys": _written(record.size_keys),
         "axis": axis,
         "axis_value": record.size_keys.get(axis),
         "device": record.device,
@@ -220,6 +224,10 @@ def _error_of_all(record: CellRecord) -> float | None:
     off = _norm(None if e is None or norm is None else e * norm for e, norm in blocks)
     norm = _norm(norm for _, norm in blocks)
     return off / norm if off is not None and norm else None
+
+
+def _written(size_keys: dict[str, float]) -> str:
+    return ",".join(f"{key}={value:.15g}" for key, value in size_keys.items())
 
 
 def _stats(record: CellRecord) -> dict[str, float]:

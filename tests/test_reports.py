@@ -370,6 +370,16 @@ def test_later_records_win(tmp_path):
         assert "20261124T120000Z-default" in markdown  # both are named at the end
 
 
+def test_a_size_is_the_same_however_it_is_written(tmp_path):
+    keys = {"H": 50.0, "rtol": 1e-4}
+    old = [cell(f"neural_ode.ode/{way}@H=50,rtol=1e-4", 2e-3, keys=keys) for way in ("numba/adjoint", "jax/reverse")]
+    later = cell("neural_ode.ode/numba/adjoint@H=50,rtol=0.0001", 1e-3, keys=keys, finished="2026-11-24T13:00:00+00:00")
+    runs = [ledger(tmp_path, old), ledger(tmp_path, [later], name="later", started="2026-11-24T13:00:00+00:00")]
+    _, _, rows = read(write(runs, tmp_path / "report"))
+    assert len(rows) == 2 and rows[old[1].cell]["derivative_over_adjoint"] == "2.0"
+    assert rows[later.cell]["size"] == rows[old[1].cell]["size"]
+
+
 def test_machines_and_protocols_are_not_mixed(tmp_path):
     here = ledger(tmp_path, MATRIX)
     there = ledger(tmp_path, MATRIX, name="there", machine_class="cray-1")
