@@ -430,6 +430,7 @@ def test_a_reference_is_made_once(tree, tmp_path):
     tree.write("problems/faults/faults_numba.py", IMPLEMENTATION)
     code = """
 from harness import processes
+from harness.cells import cell
 from harness.measure import measure
 run, modes = processes.run, []
 processes.run = lambda mode, *rest: modes.append(mode) or run(mode, *rest)
@@ -458,6 +459,7 @@ def test_a_reference_that_failed_is_not_tried_again(tree, tmp_path):
     tree.write("problems/faults/faults_plain.py", IMPLEMENTATION)
     code = """
 from harness import processes
+from harness.cells import cell
 from harness.measure import measure
 run, modes = processes.run, []
 processes.run = lambda mode, *rest: modes.append(mode) or run(mode, *rest) | extra
@@ -493,6 +495,7 @@ with ThreadPoolExecutor(2) as pool:
 
 
 AS_IS = """
+from harness.cells import cell
 from harness.measure import as_is
 from dataclasses import replace
 for form in ("array", "inplace"):
