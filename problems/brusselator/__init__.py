@@ -509,7 +509,7 @@ def rkc(s):
 def exact(theta, data, size, tolerance=2e-8):
     """The loss of the solution itself and its gradient: RKC in the steps that the tolerance asks for, then in halves and in
     quarters of them. The derivatives of these three programs, reversed by hand, have errors in dt^2, dt^3, ..., of which
-    extrapolation to dt = 0 takes the first two. Raises Diverged where the steps become too small or too many."""
+    extrapolation to dt = 0 takes the first two. Raises Diverged where the steps become too small."""
     A, B, shape = theta["A"], theta["B"], data["u0"].shape
     alpha, L = np.stack([theta["alpha1"], theta["alpha2"]]), lap_matrix(size.N).tocsr()
     stiffness, tableau = 8 * alpha.max() * (size.N - 1) ** 2, cache(rkc)
