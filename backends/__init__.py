@@ -87,6 +87,13 @@ STRATEGIES = {
 Loss = Callable[[dict, dict], Any]
 
 
+def double_only(who: str, arrays: Mapping[str, Any]) -> None:
+    """Raises TypeError where one of the arrays is float32."""
+    for name, a in arrays.items():
+        if a.dtype == "float32":
+            raise TypeError(f"{who} computes in float64 only, and {name} is float32")
+
+
 class Backend(ABC):
     """A library. `device` is cpu or cuda; the constructor imports the library and raises ImportError where it is absent."""
 

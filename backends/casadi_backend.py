@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 
-from backends import Backend
+from backends import Backend, double_only
 
 INTEGRATORS = ("CvodesInterface", "IdasInterface")  # what CasADi differentiates by an adjoint equation
 
@@ -100,9 +100,7 @@ class CasADi(Backend):
             {name: ca.MX.sym(name, *storage(a.shape)) for name, a in arrays.items() if a.dtype.kind == "f"}
             for arrays in (theta, data)
         ]
-        for name, a in (theta | data).items():
-            if a.dtype == np.float32:
-                raise TypeError(f"CasADi computes in float64 only, and {name} is float32")
+        double_only("CasADi", theta | data)
         value, blocks, fixed = loss(*inputs), list(inputs[0].values()), list(inputs[1].values())
         outputs = [value]
         if differentiate:  # a gradient must be dense to be copied out
@@ -125,12 +123,19 @@ def around(ca, value, blocks, fixed):
 def beside(ca, value, blocks, fixed):
     """Forward mode, in which an integrator integrates the tangents beside the state."""
     ends = np.cumsum([0, *(block.numel() for block in blocks)]).tolist()
-    seeds = [
-        [ca.reshape(part, *block.shape) for part, block in zip(ca.vertsplit(e, ends), blocks, strict=True)]
-        for e in ca.horzsplit(ca.MX(ca.DM.eye(ends[-1])))
-    ]
-    tangents = ca.vertcat(*(tangent for (tangent,) in ca.forward([value], blocks, seeds)))
-    return [ca.reshape(part, *block.shape) for part, block in zip(ca.vertsplit(tangents, ends), blocks, strict=True)]
+
+    def cut(x):
+        return [ca.reshape(part, *block.shape) for part, block in zip(ca.vertsplit(x, ends), blocks, strict=True)]
+
+    seeds = [cut(e) for e in ca.horzsplit(ca.MX(ca.DM.eye(ends[-1])))]
+    return cut(ca.vertcat(*(tangent for (tangent,) in ca.forward([value], blocks, seeds))))
+
+
+def numbers(arrays):
+    """What a loss is given, with numbers in place of symbols."""
+    import casadi as ca
+
+    return {name: ca.DM(a.reshape(-1, a.shape[-1]).T) for name, a in arrays.items()}
 
 
 def storage(shape):

@@ -2,7 +2,16 @@
 
 import numpy as np
 
+from backends import double_only
 from backends.numpy_backend import NumPy
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(3)
+
+
+def gauss(t):
+    """Three of Gauss's nodes in each step of a solution backwards in time, its times falling, and their positive weights."""
+    half = -np.diff(t)[:, None] / 2
+    return (t[1:, None] + half * (1 + NODES)).ravel(), (half * WEIGHTS).ravel()
 
 
 class SciPy(NumPy):
@@ -19,9 +28,7 @@ class SciPy(NumPy):
 
     def _in_double(self, derivative):
         def call(theta, data):
-            for name, a in (theta | data).items():
-                if a.dtype == np.float32:
-                    raise TypeError(f"solve_ivp computes in float64 only, and {name} is float32")
+            double_only("solve_ivp", theta | data)
             return derivative(theta, data)
 
         return call

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from harness import UserError
-from harness.cells import Cell, implementation_file, modules, outline, parse, tasks
+from harness.cells import Cell, form_of, implementation_file, modules, parse, tasks
 
 NAMESPACE = re.compile(r"\b(jnp|torch|anp|ca)\.")  # one import line, not a rewriting
 
@@ -36,9 +36,8 @@ def changed(cell: Cell) -> int:
 def said(cell: Cell) -> str:
     """What the author says of the function that the way runs; nothing where he says nothing, or the file is another by now."""
     try:
-        form = outline(cell.problem, cell.backend)[cell.task][cell.form]
-        tree = parse(implementation_file(cell.problem, cell.backend))
-    except (KeyError, OSError, UserError):
+        form, tree = form_of(cell), parse(implementation_file(cell.problem, cell.backend))
+    except (OSError, UserError):
         return ""
     docs = {n.name: ast.get_docstring(n) or "" for n in tree.body if isinstance(n, ast.FunctionDef)}
     names = form.strategies.get(cell.strategy, ()) + form.names
@@ -58,7 +57,7 @@ def _written(old: list[str], new: list[str]) -> int:
 def _way(cell: Cell) -> tuple[tuple[str, tuple[str, ...]], ...]:
     by_numpy = cell.backend == "numpy"  # which runs the statement itself
     path = modules("problems")[cell.problem] if by_numpy else implementation_file(cell.problem, cell.backend)
-    form = outline(cell.problem, cell.backend)[cell.task][cell.form]
+    form = form_of(cell)
     return _functions(path, form.names + form.strategies.get(cell.strategy, ()))
 
 

@@ -127,11 +127,11 @@ def frame(runs: list[Run]) -> pd.DataFrame:
             "give the ledgers of one protocol."
         )
     latest: dict[tuple, tuple[CellRecord, str, str]] = {}
-    sizes: dict[tuple, str] = {}  # a size is the same however its keys were written: as they were at first
+    written: dict[tuple, str] = {}  # a size is the same however its keys were written: as they were at first
     for run in sorted(runs, key=lambda r: r.context.started):
         for record in run.cells.values():
             named = record.size if record.size in cells.SIZES else _written(record.size_keys)
-            size = sizes.setdefault((record.problem, record.task, named), record.size)
+            size = written.setdefault((record.problem, record.task, named), record.size)
             same = record.problem, record.task, record.way, named, record.device, record.dtype, record.threads
             if same not in latest or record.finished >= latest[same][0].finished:
                 latest[same] = record, size, run.context.run

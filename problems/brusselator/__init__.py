@@ -526,7 +526,7 @@ def exact(theta, data, size, tolerance=2e-8):
             Y.append((1 - mu - nu) * u + mu * Y[-1] + nu * Y[-2:][0] + dt * (m * f(Y[-1], force) + g * fu))
         return Y
 
-    def steps():
+    def chosen():
         """(dt, stages, force, whether it ends at a sample) of every step."""
         u, h, last = data["u0"], 0.0, None
         for length, forced, sampled in zip(*pieces(size), strict=True):
@@ -576,7 +576,7 @@ def exact(theta, data, size, tolerance=2e-8):
             l = ub + q + back(u, fb)
         return np.append(loss, gradient)
 
-    course = list(steps())
+    course = list(chosen())
     found = sum(weight * derivative(parts) for parts, weight in ((1, 1 / 21), (2, -12 / 21), (4, 32 / 21)))
     return found[0], dict(zip(theta, found[1:].reshape(4, *shape[1:]), strict=True))
 

@@ -6,6 +6,7 @@ Fields come transposed, which a square does not notice: lap and S treat x and y 
 import casadi as ca
 import numpy as np
 
+from backends.casadi_backend import numbers
 from problems import Implementation
 from problems.brusselator import (
     A_UDE,
@@ -205,8 +206,7 @@ def ode_idas(theta, data, size):
 def ode_stats(theta, data, size, plugin="cvodes"):
     """Of the primal, by numbers in place of symbols."""
     counts = []
-    numbers = ({name: ca.DM(a.reshape(-1, a.shape[-1]).T) for name, a in arrays.items()} for arrays in (theta, data))
-    ode(*numbers, size, plugin, solved=lambda solver: counts.append(solver.stats()))
+    ode(numbers(theta), numbers(data), size, plugin, solved=lambda solver: counts.append(solver.stats()))
     names = {
         "steps": "nsteps",
         "rejected": "netfails",

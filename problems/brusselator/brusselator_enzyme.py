@@ -26,16 +26,7 @@ from numba import njit
 from backends.enzyme_backend import differentiable, output, rule, scratch
 from backends.numba_math import tanh_by_factor as tanh
 from problems import Implementation
-from problems.brusselator import (
-    A_UDE,
-    B_UDE,
-    FORCING,
-    T_FORCING,
-    brusselator_jax,
-    clock,
-    eigenvalues,
-    fourier,
-)
+from problems.brusselator import A_UDE, B_UDE, FORCING, T_FORCING, brusselator_jax, clock, eigenvalues, fourier
 from problems.brusselator.brusselator_numba import (
     FAST,
     Solver,

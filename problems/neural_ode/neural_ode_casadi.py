@@ -3,6 +3,7 @@
 import casadi as ca
 import numpy as np
 
+from backends.casadi_backend import numbers
 from problems import Implementation
 from problems.neural_ode import MOST_STEPS, SAVES, T, attempts, dopri5, first_step
 
@@ -64,8 +65,7 @@ def ode(theta, data, size, solved=lambda solver: None):
 def ode_stats(theta, data, size):
     """Of the primal, by numbers in place of symbols."""
     counts = {}
-    numbers = ({name: ca.DM(a.reshape(-1, a.shape[-1]).T) for name, a in arrays.items()} for arrays in (theta, data))
-    ode(*numbers, size, solved=lambda solver: counts.update(solver.stats()))
+    ode(numbers(theta), numbers(data), size, solved=lambda solver: counts.update(solver.stats()))
     return {
         name: counts[key] for name, key in (("steps", "nsteps"), ("rejected", "netfails"), ("rhs_calls", "nfevals"))
     }

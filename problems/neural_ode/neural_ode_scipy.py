@@ -7,11 +7,11 @@ integral of <l, df/dtheta>. The batch takes steps together.
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from backends.scipy_backend import gauss
 from problems import Implementation
 from problems.neural_ode import SAVES, T, f, too_small
 
 TIMES = np.linspace(0, T, SAVES)
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(3)
 
 
 def solve(slope, t, y, size, *given, **options):
@@ -80,8 +80,7 @@ def ode_quadrature(theta, data, size):
 
     def piece(u, t, l):
         done = solve(slope, t, l, size, u, dense_output=True)
-        half = -np.diff(done.t)[:, None] / 2
-        nodes, weights = (done.t[1:, None] + half * (1 + NODES)).ravel(), (half * WEIGHTS).ravel()
+        nodes, weights = gauss(done.t)
         w, l = u(nodes).T.reshape(-1, 2), (done.sol(nodes) * weights).T.reshape(-1, 2)
         return done.y[:, -1], by_weights(l, *back(w, l, **theta)[1:])
 

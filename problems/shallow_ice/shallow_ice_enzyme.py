@@ -39,6 +39,7 @@ from problems.shallow_ice.shallow_ice_numba import (
     corners,
     flow_row,
     halfar_kernel,
+    matrix,
     pseudo_transient_kernel,
     relax,
     relaxation,
@@ -144,14 +145,14 @@ def semi_implicit_scan(theta, data, size, work):
 
 
 @njit
-def solve_box_vjp(D, rows, columns, A, r, Db, rb):
+def solve_box_vjp(D, box, A, r, Db, rb):
     """With M x = r and M lam = xb, of the right-hand side lam, and of the entry M[i, k], which M[k, i] equals,
     -(lam[i] x[k] + lam[k] x[i]). r holds x by now, and A the factor."""
-    solve_box_again(rows, columns, A, rb)
-    n = rows * columns
+    solve_box_again(box, A, rb)
+    n, width = matrix(box, A).shape
     for k in range(n):
         Db[0, k] -= rb[k] * r[k]
-    for m, entries in ((1, Db[1]), (columns, Db[2])):
+    for m, entries in ((1, Db[1]), (width - 1, Db[2])):
         for k in range(n - m):
             entries[k] -= rb[k + m] * r[k] + rb[k] * r[k + m]
 

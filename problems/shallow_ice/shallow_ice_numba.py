@@ -653,9 +653,18 @@ def substitute(L, r):
 
 
 @njit
-def solve_box(D, rows, columns, A, r):
+def matrix(box, A):
+    """A's part that belongs to the box, (nodes, columns + 1)."""
+    columns = box[3] - box[2] + 1
+    nodes = (box[1] - box[0] + 1) * columns
+    return A[: nodes * (columns + 1)].reshape(nodes, columns + 1)
+
+
+@njit
+def solve_box(D, box, A, r):
     """r becomes the solution in the box; A[k, m], the matrix's entry (k + m, k), becomes its factor."""
-    L = A[: rows * columns * (columns + 1)].reshape(rows * columns, columns + 1)
+    L = matrix(box, A)
+    columns = L.shape[1] - 1
     for k in range(len(L)):
         for m in range(columns + 1):
             L[k, m] = 0
@@ -666,9 +675,9 @@ def solve_box(D, rows, columns, A, r):
 
 
 @njit
-def solve_box_again(rows, columns, A, r):
+def solve_box_again(box, A, r):
     """By the factor that is in A."""
-    substitute(A[: rows * columns * (columns + 1)].reshape(rows * columns, columns + 1), r)
+    substitute(matrix(box, A), r)
 
 
 @njit(fastmath=True)
@@ -677,7 +686,7 @@ def step(X, B, c, eps, K, D, r, box, A, out):
     corners(X, B, c, eps, K)
     around(K, box)
     assemble(X, B, K, box, D, r)
-    solve_box(D, box[1] - box[0] + 1, box[3] - box[2] + 1, A, r)
+    solve_box(D, box, A, r)
     for i in range(len(X)):
         for j in range(len(X)):
             out[i, j] = max(zero, X[i, j])
@@ -753,7 +762,7 @@ def step_vjp(X, Xn, B, c, eps, r, box, A, Xb, lam, rest):
         for j in range(box[2], box[3] + 1):
             r[k] = Xb[i, j]
             k += 1
-    solve_box_again(box[1] - box[0] + 1, box[3] - box[2] + 1, A, r)
+    solve_box_again(box, A, r)
     k = 0
     for i in range(box[0], box[1] + 1):
         for j in range(box[2], box[3] + 1):
@@ -814,8 +823,7 @@ def box_stats(theta, data, size, solve=solve_box, again=solve_box_again):
         corners(work.X[n], data["B"], c, work.eps, work.K)
         around(work.K, work.box[n])
         assemble(work.X[n], data["B"], work.K, work.box[n], work.D, work.r[0])
-        i0, i1, j0, j1 = work.box[n].tolist()
-        systems.append((work.D.copy(), i1 - i0 + 1, j1 - j0 + 1, work.A[n], work.r[0].copy()))
+        systems.append((work.D.copy(), work.box[n], work.A[n], work.r[0].copy()))
 
     def solves():
         for D, *system in systems:
