@@ -51,7 +51,8 @@ class Slot:
 
 
 def scratch(shape, dtype="float64", differentiated=True):
-    """A buffer of the kernel's; it holds anything at first. One that only functions with a rule write needs no derivative."""
+    """A buffer of the kernel's; it holds anything at first. One through which no derivative goes
+    (functions with a rule alone write it, or only decisions are made of it) needs none."""
     return Slot(_shape(shape), np.dtype(dtype).name, "scratch" if differentiated else "kept")
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 
 
 def bitcast(source, target):
@@ -47,6 +48,27 @@ def tanh_by_factor(x):
     q = 1 + y * (5 / 11 + y * (2 / 99 + y * (1 / 10395)))
     s = from_bits((np.int64(n) + 1023) << 52) * (q + p)
     return (s - (q - p)) / (s + (q - p))
+
+
+@intrinsic
+def rows(typing, x, length):
+    """The numbers of a C-contiguous array in rows of this length, a view that does not keep x alive. reshape() and ravel() call
+    a function in C that asks for all strides: 25 ns of a kernel's call, which on 50 numbers is most of it."""
+    view = types.Array(x.dtype, 2, "C")
+
+    def build(context, builder, _, arguments):
+        source, out = make_array(x)(context, builder, arguments[0]), make_array(view)(context, builder)
+        shape = builder.udiv(source.nitems, arguments[1]), arguments[1]
+        strides = builder.mul(arguments[1], source.itemsize), source.itemsize
+        populate_array(out, source.data, shape, strides, source.itemsize, None)
+        return out._getvalue()
+
+    return view(x, types.intp), build
+
+
+@njit
+def flat(x):
+    return rows(x, x.size)[0]
 
 
 @njit(fastmath=True)

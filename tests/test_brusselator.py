@@ -1,5 +1,7 @@
 """The Brusselator against the catalogue's reference values, against itself in other forms, and against SciPy."""
 
+import importlib
+import sys
 from itertools import count
 from math import ceil, comb
 
@@ -348,7 +350,33 @@ def test_what_ode_cannot_solve_in_torch(monkeypatch):
             solve(Ode(3))
     monkeypatch.setattr(brusselator_torch, "MOST_CG", 1)
     with pytest.raises(Diverged, match="Conjugate gradients did not converge"):
-        solve(Ode(3, spread=0.9))
+        solve(Ode(brusselator_torch.DIRECT + 1, spread=0.9))
+
+
+def by_jax(theta, data, size):
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    return jax.grad(lambda theta: sys.modules["problems.brusselator.brusselator_jax"].ode(theta, data, size))(theta)
+
+
+def by_torch(theta, data, size):
+    torch = pytest.importorskip("torch")
+    theta = {name: torch.tensor(block, requires_grad=True) for name, block in theta.items()}
+    data = {name: torch.as_tensor(array) for name, array in data.items()}
+    sys.modules["problems.brusselator.brusselator_torch"].ode(theta, data, size).backward()
+    return {name: block.grad.numpy() for name, block in theta.items()}
+
+
+@pytest.mark.parametrize(("library", "gradient"), [("jax", by_jax), ("torch", by_torch)])
+def test_the_modes_solve_what_the_iterations_solve(library, gradient, monkeypatch):
+    """Up to DIRECT one eigh a gradient, beyond it conjugate gradients: the same steps, to the tolerance of the solves."""
+    pytest.importorskip(library)
+    module, size = importlib.import_module(f"problems.brusselator.brusselator_{library}"), Ode(5, spread=0.5)
+    given = *brusselator.ode_inputs(size), size
+    direct = gradient(*given)
+    monkeypatch.setattr(module, "DIRECT", 0)
+    total, worst = relative(gradient(*given), direct)
+    assert 0 < total <= 1e-5 and worst <= 1e-4
 
 
 def test_the_tableau():

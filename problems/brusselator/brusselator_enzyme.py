@@ -352,11 +352,12 @@ def ode(theta, data, size):
     rows = lambda U, V: jnp.stack([U, V], 1).reshape(2 * N, N)  # noqa: E731
     like = lambda arrays: (scratch(a.shape, a.dtype) for a in arrays)  # noqa: E731
     work = ode_prepare({"A": theta["A"]}, size)
-    Q, Qt, mu, *buffers = work.S
+    # of these only halo holds what is differentiated: the rest is for solves, which have a rule, and for the length of a step
+    S = Solver(*(scratch(x.shape, x.dtype, differentiated=x is work.S.halo) for x in work.S))
+    S = S._replace(Q=work.S.Q, Qt=work.S.Qt, mu=work.S.mu)
     rest = *room(brusselator_jax.attempts(size), N, dtype), work.r, work.slopes, np.empty(6, int)
     fields = theta["A"], theta["B"], rows(theta["alpha1"], theta["alpha2"]), data["disc"]
-    S = Q, Qt, mu, *like(buffers)
-    loss = differentiable(ode_from_start)(rows(*data["u0"]), *fields, *work.given, S, *like(rest))
+    loss = differentiable(ode_from_start)(rows(*data["u0"]), *fields, *work.given, tuple(S), *like(rest))
     return loss.astype(dtype)  # its sums are float64
 
 

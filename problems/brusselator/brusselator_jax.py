@@ -249,6 +249,9 @@ def implicit_root(theta, data, size):
     return implicit(theta, data, size, root)
 
 
+DIRECT = 10  # up to this N the modes take less time than the iterations
+
+
 def attempts(size):
     """Steps that a scan has room for, taken or refused: of the steps that were seen at least half as many again."""
     return 3 * len(pieces(size).lengths) // 2 + int((24 + 4 * size.T) * max(1, 1e-5 / size.atol) ** 0.25)
@@ -274,6 +277,14 @@ def cg(S, M, b, tolerance):
     carry = lax.while_loop(lambda c: ~c[5] & (c[6] < MOST_CG), iterate, (0 * z, b, z, z, rz, rz == 0, 0))
     y, _, z, _, _, done, _ = carry
     return jnp.where(done, y + z, jnp.nan)
+
+
+def modes(g):
+    """V (2, N^2, N^2) and K (2, N^2) of each field, g lap g = V K V^T, by which each solve is two products."""
+    _, N, _ = g.shape
+    lap, g = lap_matrix(N)[: N * N, : N * N].toarray(), g.reshape(2, -1)
+    K, V = jnp.linalg.eigh(g[:, :, None] * jnp.asarray(lap, g.dtype) * g[:, None])
+    return V, K
 
 
 def misfit(u):
@@ -303,16 +314,29 @@ def ode(theta, data, size, reaction=reaction, remat=lambda f: f):
         """M^-1 r"""
         return Q @ ((Q.T @ r @ Q) / M) @ Q.T
 
-    def solver(c):
-        """(1 - c alpha lap)^-1"""
+    def iterated(c):
         g, e, M = symmetric(c)
 
-        def inverse(r):
-            def S(y):
-                x = g * y
-                return y - g * (jnp.roll(x, 1, 1) + jnp.roll(x, -1, 1) + jnp.roll(x, 1, 2) + jnp.roll(x, -1, 2))
+        def S(y):
+            x = g * y
+            return y - g * (jnp.roll(x, 1, 1) + jnp.roll(x, -1, 1) + jnp.roll(x, 1, 2) + jnp.roll(x, -1, 2))
 
-            return cg(S, lambda res: by_waves(M, res), r, tolerance)
+        return g, e, lambda r: cg(S, lambda res: by_waves(M, res), r, tolerance)
+
+    if N <= DIRECT:
+        root = jnp.sqrt(lax.stop_gradient(alpha))
+        V, K = modes(root)
+
+    def direct(c):
+        def inverse(r):
+            z = jnp.einsum("fkm,fk->fm", V, r.reshape(2, -1)) / (1 - c * K)
+            return jnp.einsum("fkm,fm->fk", V, z).reshape(r.shape)
+
+        return root, 1 / root, inverse
+
+    def solver(c):
+        """(1 - c alpha lap)^-1"""
+        g, e, inverse = direct(c) if N <= DIRECT else iterated(c)
 
         def solve(r):
             return lax.custom_linear_solve(
@@ -342,14 +366,14 @@ def ode(theta, data, size, reaction=reaction, remat=lambda f: f):
         taken = off <= 1
         last = taken & (equal == 1)
         loss = loss + jnp.where(last & (samples[piece] > 0), misfit(new), 0)
-        h = jnp.where(last & (forces[piece + 1] != forces[piece]), FIRST * lengths[piece + 1], h)
+        h = jnp.where(last & (forces[piece + 1] != forces[piece]), FIRST, h)
         left = jnp.where(last, lengths[piece + 1], jnp.where(taken, left - dt, left))
         return jnp.where(taken, new, u), piece + last, left, lax.stop_gradient(h), loss
 
     def step(carry, _):
         return lax.cond((carry[1] < count) & (carry[3] >= SHORTEST), remat(attempt), lambda carry: carry, carry), None
 
-    start = u0, jnp.array(0), lengths[0], FIRST * lengths[0], misfit(u0)
+    start = u0, jnp.array(0), lengths[0], jnp.asarray(FIRST, dtype), misfit(u0)
     (_, piece, _, _, loss), _ = lax.scan(step, start, length=attempts(size))
     return jnp.where(piece == count, loss, jnp.nan)
 

@@ -1,5 +1,6 @@
 """The Brusselator in PyTorch: whole arrays on the eager tape."""
 
+from functools import partial
 from math import ceil, isfinite, nan
 
 import torch
@@ -313,6 +314,9 @@ def implicit_prepare(structure, size):
     return torch.as_tensor(lap_matrix(size.N).toarray().astype(structure["u0"].dtype))
 
 
+DIRECT = 12  # up to this N the modes take less time than the iterations
+
+
 def symmetric(c, fixed, mu):
     """What scales 1 - c alpha lap to S = 1 - g A g, A the sum of the four neighbours, and its mean M in waves."""
     square = 1 / (4 + 1 / (c * fixed))
@@ -330,7 +334,7 @@ def dot(x, y):
     return torch.dot(x.reshape(-1), y.reshape(-1)).item()
 
 
-def cg(g, M, Q, b, tolerance):
+def cg(tolerance, g, M, Q, b):
     """S^-1 b, until the energy of the error, res M^-1 res, is tolerance^2 of that of the solution. Numbers are Python's, so
     that each line of a field is one operation."""
     y, res = torch.zeros_like(b), b
@@ -353,23 +357,36 @@ def cg(g, M, Q, b, tolerance):
     raise unsolved()
 
 
+def modes(g):
+    """V (2, N^2, N^2) and K (2, N^2, 1) of each field, g lap g = V K V^T, dx = 1, by which each solve is two products."""
+    one = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    ring, g = one.roll(1, 0) + one.roll(-1, 0) - 2 * one, g.reshape(2, -1)
+    K, V = torch.linalg.eigh(g[:, :, None] * (torch.kron(ring, one) + torch.kron(one, ring)) * g[:, None])
+    return V, K[:, :, None]
+
+
+def by_modes(_, V, over, b):
+    """S^-1 b"""
+    return (V @ (over * (V.mT @ b.reshape(2, -1, 1)))).reshape(b.shape)
+
+
 class Solve(torch.autograd.Function):
-    """(1 - c alpha lap)^-1 r. The way back solves the same symmetric system: nothing of the iteration is kept."""
+    """(1 - c alpha lap)^-1 r = g S^-1 e r. The way back solves the same symmetric system: nothing of the solution is kept."""
 
     @staticmethod
-    def forward(r, alpha, g, e, M, Q, c, tolerance):
-        return g * cg(g, M, Q, e * r, tolerance)
+    def forward(r, alpha, c, inverse, g, e, *S):
+        return g * inverse(g, *S, e * r)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, *scales, ctx.c, ctx.tolerance = inputs
-        ctx.save_for_backward(*scales, output)
+        _, _, ctx.c, ctx.inverse, *scales = inputs
+        ctx.save_for_backward(output, *scales)
 
     @staticmethod
     def backward(ctx, wb):
-        g, e, M, Q, w = ctx.saved_tensors
-        rb = e * cg(g, M, Q, g * wb, ctx.tolerance)
-        return rb, ctx.c * rb * lap(w, len(Q)), None, None, None, None, None, None
+        w, g, e, *S = ctx.saved_tensors
+        rb = e * ctx.inverse(g, *S, g * wb)
+        return rb, ctx.c * rb * lap(w, w.shape[-1]), *[None] * (4 + len(S))
 
 
 def combined(u, slopes, weights):
@@ -392,15 +409,24 @@ def ode(theta, data, size, reaction=reaction, keep=lambda attempt: attempt):
     )
     smooth = symmetric(SMOOTH, fixed, mu)[2]
 
+    if N <= DIRECT:
+        g = fixed.sqrt()
+        V, K = modes(g)
+
+    def solver(c):
+        if N <= DIRECT:
+            return by_modes, g, 1 / g, V, 1 / (1 - c * K)
+        return partial(cg, tolerance), *symmetric(c, fixed, mu), Q
+
     @keep
     def attempt(u, dt, force):
         """The state after a step, and its error over what is tolerated."""
         c = I[1][1] * dt
-        scales = *symmetric(c, fixed, mu), Q
+        S = solver(c)
         k_E, k_I = [reaction(u, A, B, force)], [alpha * lap(u, N)]
         for i in range(1, 6):
             r = combined(combined(u, k_E, [dt * x for x in E[i]]), k_I, [dt * x for x in I[i]])
-            w = Solve.apply(r, alpha, *scales, c, tolerance)
+            w = Solve.apply(r, alpha, c, *S)
             k_E.append(reaction(w, A, B, force))
             k_I.append((w - r) / c)
         new = combined(combined(u, k_E, [dt * x for x in b]), k_I, [dt * x for x in b])
@@ -413,7 +439,7 @@ def ode(theta, data, size, reaction=reaction, keep=lambda attempt: attempt):
     for length, forced, sampled in zip(*pieces(size), strict=True):
         left, force = float(length), FORCING * float(forced) * disc
         if forced != before:
-            h, before = FIRST * left, forced
+            h, before = FIRST, forced
         while left > 0:
             equal = ceil(left / h - 1e-3)  # the steps that are left, were they equal
             dt = left / equal
