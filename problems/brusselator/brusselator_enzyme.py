@@ -10,8 +10,8 @@ as much at 32. In `loops` all of it is one kernel, where the waves are had by pr
 Of implicit the elimination itself is differentiated, in every Newton iteration: 20 and 45 times the hand adjoint at N = 8 and
 16. The strategy implicit differentiates the residual at the root, and one solve with J^T is beside it: as fast as by hand.
 
-Of ode all is one kernel, that of the hand adjoint, but the iterations of its solves: they have a rule. It takes 1.9 times the
-hand adjoint at N = 17, and 0.3 of the form `scan`, in which the reaction alone is Enzyme's. Without the rule it was not
+Of ode all is one kernel, that of the hand adjoint, but the iterations of its solves: they have a rule. It takes 1.4 times the
+hand adjoint at N = 17, and 0.2 of the form `scan`, in which the reaction alone is Enzyme's. Without the rule it was not
 compiled after minutes.
 """
 

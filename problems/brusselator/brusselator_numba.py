@@ -1288,7 +1288,7 @@ def cg(S, b, tolerance):
     res, z, p, Sp, y = flat(b), flat(S.z), flat(S.p), flat(S.Sp), flat(S.y)
     number, energy = S.number[0], 0.0
     for k in range(y.size):
-        y[k] = p[k] = 0
+        y[k] = 0
     a = dot(S.known[0], res)
     for m in range(min(number, KNOWN)):
         part, S_part, following, rest = S.known[m], S.S_known[m], S.known[(m + 1) % KNOWN], 0.0
@@ -1299,8 +1299,6 @@ def cg(S, b, tolerance):
         energy += a * a
         a = rest
     new, S_new = S.known[number % KNOWN], S.S_known[number % KNOWN]
-    for k in range(y.size):
-        new[k], S_new[k] = y[k], res[k]
     bound, target, rz, done = min(least(S.rings, 0), least(S.rings, 1)), tolerance**2 * energy, 1.0, CG_FAILED
     for iteration in range(MOST_CG):
         precondition(b, S, S.rings, S.z)
@@ -1308,8 +1306,12 @@ def cg(S, b, tolerance):
         if rz <= target:
             done = iteration
             break
-        for k in range(y.size):
-            p[k] = z[k] + rz / previous * p[k]
+        if iteration == 0:
+            for k in range(y.size):
+                new[k], S_new[k], p[k] = y[k], res[k], z[k]
+        else:
+            for k in range(y.size):
+                p[k] = z[k] + rz / previous * p[k]
         step, rr = rz / times_S(S, S.p, S.Sp), 0.0
         energy += step * rz
         target = tolerance**2 * energy
@@ -1322,16 +1324,16 @@ def cg(S, b, tolerance):
             break
         if not rr < np.inf:
             return NOT_FINITE
-    size = 0.0
-    for k in range(y.size):
-        new[k], S_new[k] = y[k] - new[k], S_new[k] - res[k]
-        size += new[k] * S_new[k]
-    if size > 1e-16 * energy:
-        f = 1 / np.sqrt(size)
+    if rz > target or done > 0:  # there was an iteration
+        size = 0.0
+        for k in range(y.size):
+            new[k], S_new[k] = y[k] - new[k], S_new[k] - res[k]
+            size += new[k] * S_new[k]
+        f = 1 / np.sqrt(size) if size > 1e-16 * energy else 0.0  # below that it is rounding
         for k in range(y.size):
             new[k], S_new[k] = f * new[k], f * S_new[k]
-        S.number[0] = number + 1
-    if done >= 0 and rz <= target:
+        S.number[0] = number + (f > 0)
+    if rz <= target:
         for k in range(y.size):
             y[k] += z[k]
     return done
