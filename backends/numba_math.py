@@ -68,6 +68,7 @@ def rows(typing, x, length):
 
 @njit
 def flat(x):
+    """The same, in one row."""
     return rows(x, x.size)[0]
 
 

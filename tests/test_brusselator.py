@@ -1,7 +1,6 @@
 """The Brusselator against the catalogue's reference values, against itself in other forms, and against SciPy."""
 
 import importlib
-import sys
 from itertools import count
 from math import ceil, comb
 
@@ -353,17 +352,18 @@ def test_what_ode_cannot_solve_in_torch(monkeypatch):
         solve(Ode(brusselator_torch.DIRECT + 1, spread=0.9))
 
 
-def by_jax(theta, data, size):
-    jax = pytest.importorskip("jax")
+def by_jax(ode, theta, data, size):
+    import jax
+
     jax.config.update("jax_enable_x64", True)
-    return jax.grad(lambda theta: sys.modules["problems.brusselator.brusselator_jax"].ode(theta, data, size))(theta)
+    return jax.grad(lambda theta: ode(theta, data, size))(theta)
 
 
-def by_torch(theta, data, size):
-    torch = pytest.importorskip("torch")
+def by_torch(ode, theta, data, size):
+    import torch
+
     theta = {name: torch.tensor(block, requires_grad=True) for name, block in theta.items()}
-    data = {name: torch.as_tensor(array) for name, array in data.items()}
-    sys.modules["problems.brusselator.brusselator_torch"].ode(theta, data, size).backward()
+    ode(theta, {name: torch.as_tensor(array) for name, array in data.items()}, size).backward()
     return {name: block.grad.numpy() for name, block in theta.items()}
 
 
@@ -372,7 +372,7 @@ def test_the_modes_solve_what_the_iterations_solve(library, gradient, monkeypatc
     """Up to DIRECT one eigh a gradient, beyond it conjugate gradients: the same steps, to the tolerance of the solves."""
     pytest.importorskip(library)
     module, size = importlib.import_module(f"problems.brusselator.brusselator_{library}"), Ode(5, spread=0.5)
-    given = *brusselator.ode_inputs(size), size
+    given = module.ode, *brusselator.ode_inputs(size), size
     direct = gradient(*given)
     monkeypatch.setattr(module, "DIRECT", 0)
     total, worst = relative(gradient(*given), direct)

@@ -249,12 +249,12 @@ def implicit_root(theta, data, size):
     return implicit(theta, data, size, root)
 
 
-DIRECT = 10  # up to this N the modes take less time than the iterations
-
-
 def attempts(size):
     """Steps that a scan has room for, taken or refused: of the steps that were seen at least half as many again."""
     return 3 * len(pieces(size).lengths) // 2 + int((24 + 4 * size.T) * max(1, 1e-5 / size.atol) ** 0.25)
+
+
+DIRECT = 10  # up to this N the modes take less time than the iterations
 
 
 def cg(S, M, b, tolerance):
@@ -323,20 +323,22 @@ def ode(theta, data, size, reaction=reaction, remat=lambda f: f):
 
         return g, e, lambda r: cg(S, lambda res: by_waves(M, res), r, tolerance)
 
-    if N <= DIRECT:
-        root = jnp.sqrt(lax.stop_gradient(alpha))
-        V, K = modes(root)
+    def direct(g, V, K):
+        def scaled(c):
+            def inverse(r):
+                z = jnp.einsum("fkm,fk->fm", V, r.reshape(2, -1)) / (1 - c * K)
+                return jnp.einsum("fkm,fm->fk", V, z).reshape(r.shape)
 
-    def direct(c):
-        def inverse(r):
-            z = jnp.einsum("fkm,fk->fm", V, r.reshape(2, -1)) / (1 - c * K)
-            return jnp.einsum("fkm,fm->fk", V, z).reshape(r.shape)
+            return g, 1 / g, inverse
 
-        return root, 1 / root, inverse
+        return scaled
+
+    root = jnp.sqrt(lax.stop_gradient(alpha))
+    scaled = direct(root, *modes(root)) if N <= DIRECT else iterated
 
     def solver(c):
         """(1 - c alpha lap)^-1"""
-        g, e, inverse = direct(c) if N <= DIRECT else iterated(c)
+        g, e, inverse = scaled(c)
 
         def solve(r):
             return lax.custom_linear_solve(

@@ -409,14 +409,14 @@ def ode(theta, data, size, reaction=reaction, keep=lambda attempt: attempt):
     )
     smooth = symmetric(SMOOTH, fixed, mu)[2]
 
-    if N <= DIRECT:
-        g = fixed.sqrt()
-        V, K = modes(g)
-
-    def solver(c):
-        if N <= DIRECT:
-            return by_modes, g, 1 / g, V, 1 / (1 - c * K)
+    def iterated(c):
         return partial(cg, tolerance), *symmetric(c, fixed, mu), Q
+
+    def direct(g, V, K):
+        return lambda c: (by_modes, g, 1 / g, V, 1 / (1 - c * K))
+
+    root = fixed.sqrt()
+    solver = direct(root, *modes(root)) if N <= DIRECT else iterated
 
     @keep
     def attempt(u, dt, force):
